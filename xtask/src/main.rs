@@ -1,3 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! To be filled.
-fn main() {}
+//! Development tasks: `cargo xtask <command>`.
+//!
+//! Builds what the tests need and a user does not (a patched QEMU, a guest's kernel and
+//! initramfs) and runs the whole check. Knows nothing of images, faults or messages.
+
+mod apt;
+mod arch;
+mod cache;
+mod error;
+mod guest;
+mod initramfs;
+mod modules;
+mod packages;
+mod qemu;
+mod run;
+mod series;
+mod sources;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::cache::Cache;
+use crate::error::{Error, Result};
+
+/// Development tasks of pcow.
+///
+/// Everything fetched or built is kept under $PCOW_CACHE, else $XDG_CACHE_HOME/pcow, else
+/// ~/.cache/pcow, and done again only when what it is made from has changed.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Fetch QEMU's source, apply the patch series and build qemu-system-x86_64
+    ///
+    /// With QEMU_SRC=DIR in the environment, a source tree of your own is patched (unless it
+    /// already is) and built.
+    Qemu(qemu::Arguments),
+    /// Make a kernel and an initramfs for test guests from Debian's packages
+    Guest(guest::Arguments),
+    /// Set everything up, then run the formatter, the linter and all tests
+    Test(test::Arguments),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().task.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Task {
+    fn run(self) -> Result<()> {
+        let cache = Cache::open()?;
+        match self {
+            Self::Qemu(arguments) => qemu::command(&cache, &arguments),
+            Self::Guest(arguments) => guest::command(&cache, &arguments),
+            Self::Test(arguments) => test::command(&cache, &arguments),
+        }
+    }
+}
+
+/// Prints `error` and its causes, outermost first.
+fn report(error: &Error) {
+    eprintln!("error: {error}");
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        eprintln!("  because: {inner}");
+        cause = inner.source();
+    }
+}

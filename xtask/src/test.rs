@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask test`: everything that a change must pass, from a fresh machine on.
+//!
+//! Later stages run even if earlier ones failed, so that one run shows all there is to mend;
+//! only what a failed stage was to make keeps those that need it from running.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::arch;
+use crate::cache::Cache;
+use crate::error::{Error, Result};
+use crate::guest::{self, Guest};
+use crate::packages::{self, Step};
+use crate::qemu;
+use crate::run::{self, Log};
+
+/// The package whose tests boot guests.
+const END_TO_END: &str = "pcow-tests";
+
+/// Arguments of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Leave out the end-to-end tests, and with them QEMU and the guest
+    #[arg(long)]
+    no_guest: bool,
+    /// What `cargo test` is given besides, such as the name of a test
+    #[arg(last = true)]
+    cargo_arguments: Vec<String>,
+}
+
+/// Runs all stages and prints how long each took.
+///
+/// # Errors
+/// A stage failed: the error names all that did.
+pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
+    let mut report = Report::default();
+    report.cargo("format", &["fmt", "--all", "--check"]);
+    let ready = report.run("packages", || install(cache, arguments));
+    if ready.is_some() {
+        checked_and_tested(cache, arguments, &mut report);
+    }
+    report.print();
+    if arguments.no_guest {
+        eprintln!("left out as asked: the end-to-end tests of {END_TO_END}");
+    }
+    report.result()
+}
+
+fn install(cache: &Cache, arguments: &Arguments) -> Result<()> {
+    let log = Log::create(&cache.folder("test")?.join("log"))?;
+    let steps: &[Step] = if arguments.no_guest {
+        &[Step::Test]
+    } else {
+        &[Step::Test, Step::Qemu, Step::Guest]
+    };
+    packages::ensure(steps, &log)
+}
+
+fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report) {
+    let lint = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    report.cargo("lint", &lint);
+    let built = report.cargo("build", &["build", "--release", "--workspace", "--bins"]);
+    let machine = if arguments.no_guest {
+        Some(None)
+    } else {
+        make_machine(cache, report).map(Some)
+    };
+    match (built, machine) {
+        (Some(()), Some(machine)) => test(arguments, machine.as_ref(), report),
+        _ => report.not_run("test"),
+    }
+}
+
+/// What the end-to-end tests run their guests with.
+#[derive(Debug)]
+struct Machine {
+    qemu: PathBuf,
+    guest: Guest,
+}
+
+fn make_machine(cache: &Cache, report: &mut Report) -> Option<Machine> {
+    let qemu = report.run("qemu", || qemu::build(cache));
+    let guest = report.run("guest", || guest::build(cache));
+    Some(Machine {
+        qemu: qemu?,
+        guest: guest?,
+    })
+}
+
+fn test(arguments: &Arguments, machine: Option<&Machine>, report: &mut Report) {
+    let mut command = cargo(&["test", "--workspace", "--release", "--no-fail-fast"]);
+    match machine {
+        Some(machine) => command.envs(machine.variables()),
+        None => command.args(["--exclude", END_TO_END]),
+    };
+    command.args(&arguments.cargo_arguments);
+    report.run("test", || shown(&mut command));
+}
+
+impl Machine {
+    /// How the tests find QEMU, its firmware folders (as in `PATH`), the kernel and the initramfs.
+    fn variables(&self) -> [(&'static str, OsString); 4] {
+        [
+            ("PCOW_QEMU", self.qemu.clone().into()),
+            (
+                "PCOW_QEMU_FIRMWARE",
+                arch::FIRMWARE_FOLDERS.join(":").into(),
+            ),
+            ("PCOW_GUEST_KERNEL", self.guest.kernel.clone().into()),
+            ("PCOW_GUEST_INITRD", self.guest.initramfs.clone().into()),
+        ]
+    }
+}
+
+/// Makes a command of the cargo that runs us, in the repository's root folder.
+fn cargo(arguments: &[&str]) -> Command {
+    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.current_dir(run::repository()).args(arguments);
+    command
+}
+
+fn shown(command: &mut Command) -> Result<()> {
+    if run::shown(command)? {
+        return Ok(());
+    }
+    Err(Error::Failed("see above".into()))
+}
+
+/// How a stage ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Passed,
+    Failed,
+    NotRun,
+}
+
+/// The stages so far.
+#[derive(Debug, Default)]
+struct Report {
+    stages: Vec<(&'static str, Outcome, Duration)>,
+}
+
+impl Report {
+    /// Runs a stage, and says at once if it fails.
+    fn run<T>(&mut self, name: &'static str, stage: impl FnOnce() -> Result<T>) -> Option<T> {
+        eprintln!("== {name}");
+        let start = Instant::now();
+        let result = stage();
+        let outcome = match &result {
+            Ok(_) => Outcome::Passed,
+            Err(error) => {
+                crate::report(error);
+                Outcome::Failed
+            }
+        };
+        self.stages.push((name, outcome, start.elapsed()));
+        result.ok()
+    }
+
+    fn cargo(&mut self, name: &'static str, arguments: &[&str]) -> Option<()> {
+        self.run(name, || shown(&mut cargo(arguments)))
+    }
+
+    fn not_run(&mut self, name: &'static str) {
+        self.stages.push((name, Outcome::NotRun, Duration::ZERO));
+    }
+
+    fn print(&self) {
+        eprintln!("== stages");
+        for (name, outcome, duration) in &self.stages {
+            let outcome = match outcome {
+                Outcome::Passed => "passed",
+                Outcome::Failed => "FAILED",
+                Outcome::NotRun => "NOT RUN",
+            };
+            eprintln!("{name:<10}{outcome:<10}{}", run::seconds(*duration));
+        }
+    }
+
+    fn result(&self) -> Result<()> {
+        let bad: Vec<&str> = self
+            .stages
+            .iter()
+            .filter(|(_, outcome, _)| *outcome != Outcome::Passed)
+            .map(|(name, _, _)| *name)
+            .collect();
+        if bad.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Failed(bad.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Report;
+    use crate::error::Error;
+
+    #[test]
+    fn one_failed_or_omitted_stage_fails_the_whole() {
+        let mut report = Report::default();
+        assert_eq!(report.run("good", || Ok(1)), Some(1));
+        assert!(report.result().is_ok());
+        report.run::<()>("bad", || Err(Error::Unusable("no".into())));
+        report.not_run("late");
+        assert_eq!(
+            report.result().unwrap_err().to_string(),
+            "failed: bad, late"
+        );
+    }
+}
