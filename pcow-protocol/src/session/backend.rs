@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a backend does with each request of the main channel. Knows no socket and no image.
+
+use crate::error::Violation;
+use crate::message::{FrontendReply, FrontendRequest, Status};
+use crate::wire::{
+    Code, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode, MIN_MAPPING_LIMIT, NEEDED_FEATURES,
+    REGION_ALIGNMENT,
+};
+
+/// Where a session is (section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    New,
+    Features,
+    Negotiated,
+    Channel,
+    /// SET_FAULT_FD has come and is not answered yet.
+    Attaching,
+    Serving,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Features => "features",
+            Self::Negotiated => "negotiated",
+            Self::Channel => "channel",
+            Self::Attaching => "channel, with SET_FAULT_FD unanswered",
+            Self::Serving => "serving",
+        }
+    }
+
+    fn allows(self, code: FrontendCode) -> bool {
+        use FrontendCode as C;
+        match self {
+            Self::New => matches!(code, C::GetFeatures | C::SetFeatures),
+            Self::Features => matches!(code, C::GetProtocolFeatures | C::SetProtocolFeatures),
+            Self::Negotiated => matches!(code, C::GetRegion | C::SetBackendReqFd),
+            Self::Channel => matches!(code, C::GetRegion | C::SetFaultFd),
+            Self::Attaching => false,
+            Self::Serving => matches!(code, C::GetRegion | C::Flush),
+        }
+    }
+}
+
+/// What the backend has to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendAction {
+    /// Send this reply.
+    Reply(FrontendReply),
+    /// Nothing: it was done, and no answer was asked for.
+    Nothing,
+    /// Answer with the region, and the file descriptors that its flags announce: the lock first, then the device.
+    ReplyRegion,
+    /// The request's file descriptor is the backend channel; then send the reply, if there is one.
+    TakeChannel(Option<FrontendReply>),
+    /// The request's file descriptor is the userfaultfd. Register what is needed, begin to serve, and answer; then tell
+    /// [`BackendSession::attached`].
+    Attach(FaultFd),
+    /// Make everything durable, and answer.
+    Flush,
+}
+
+/// A backend's end of a main channel.
+///
+/// Requests are fed in the order in which they came; the next one only when the one before was answered.
+#[derive(Debug)]
+pub struct BackendSession {
+    state: State,
+    region_size: u64,
+}
+
+impl BackendSession {
+    /// A new connection to a backend that serves a region of `region_size` bytes.
+    pub fn new(region_size: u64) -> Self {
+        Self {
+            state: State::New,
+            region_size,
+        }
+    }
+
+    /// Decides what to do with a request.
+    ///
+    /// # Errors
+    /// The request is not allowed in this state or has a field out of range: the session ends.
+    pub fn request(
+        &mut self,
+        request: &FrontendRequest,
+        reply_wanted: bool,
+    ) -> Result<BackendAction, Violation> {
+        let code = request.code();
+        self.check(code, reply_wanted)?;
+        let status = reply_wanted.then_some(FrontendReply::Status(code, Status::OK));
+        let done = status.map_or(BackendAction::Nothing, BackendAction::Reply);
+        Ok(match request {
+            FrontendRequest::GetFeatures => features(code, FEATURE_PROTOCOL_FEATURES),
+            FrontendRequest::GetProtocolFeatures => features(code, NEEDED_FEATURES),
+            FrontendRequest::SetFeatures(bits) => {
+                self.choose(*bits, FEATURE_PROTOCOL_FEATURES, State::Features)?;
+                done
+            }
+            FrontendRequest::SetProtocolFeatures(bits) => {
+                self.choose(*bits, NEEDED_FEATURES, State::Negotiated)?;
+                done
+            }
+            FrontendRequest::SetBackendReqFd => {
+                self.state = State::Channel;
+                BackendAction::TakeChannel(status)
+            }
+            FrontendRequest::GetRegion => BackendAction::ReplyRegion,
+            FrontendRequest::SetFaultFd(fault_fd) => self.attach(fault_fd)?,
+            FrontendRequest::Flush => BackendAction::Flush,
+        })
+    }
+
+    /// SET_FAULT_FD was answered with this status.
+    pub fn attached(&mut self, status: Status) {
+        assert_eq!(self.state, State::Attaching, "only SET_FAULT_FD attaches");
+        self.state = if status == Status::OK {
+            State::Serving
+        } else {
+            State::Channel
+        };
+    }
+
+    fn check(&self, code: FrontendCode, reply_wanted: bool) -> Result<(), Violation> {
+        if !self.state.allows(code) {
+            return Err(Violation::State {
+                name: code.name(),
+                state: self.state.name(),
+            });
+        }
+        if code.must_ask() && !reply_wanted {
+            return Err(Violation::ReplyNotWanted(code.name()));
+        }
+        Ok(())
+    }
+
+    /// All that is offered is needed, so there is exactly one right choice.
+    fn choose(&mut self, bits: u64, offered: u64, next: State) -> Result<(), Violation> {
+        if bits != offered {
+            return Err(Violation::Features(bits));
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    fn attach(&mut self, fault_fd: &FaultFd) -> Result<BackendAction, Violation> {
+        check_fault_fd(fault_fd, self.region_size)?;
+        self.state = State::Attaching;
+        Ok(BackendAction::Attach(*fault_fd))
+    }
+}
+
+fn features(code: FrontendCode, bits: u64) -> BackendAction {
+    BackendAction::Reply(FrontendReply::Features(code, bits))
+}
+
+fn check_fault_fd(fault_fd: &FaultFd, region_size: u64) -> Result<(), Violation> {
+    let base_is_right = fault_fd.base != 0
+        && fault_fd.base.is_multiple_of(REGION_ALIGNMENT)
+        && fault_fd.base.checked_add(region_size).is_some();
+    if !base_is_right {
+        return Err(Violation::OutOfRange("fault_fd.base"));
+    }
+    if fault_fd.size != region_size {
+        return Err(Violation::OutOfRange("fault_fd.size"));
+    }
+    if fault_fd.mapping_limit < MIN_MAPPING_LIMIT {
+        return Err(Violation::OutOfRange("fault_fd.mapping_limit"));
+    }
+    Ok(())
+}

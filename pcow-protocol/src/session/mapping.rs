@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a frontend does with each request of the backend channel: the slots, and the limits that a backend must keep.
+//!
+//! Knows no memory and no socket; `F` is what stands for a file (a descriptor, or nothing in a table test).
+
+use crate::error::Violation;
+use crate::message::{BackendRequest, Map, RegionRange, Status};
+use crate::wire::{Code, REGISTER_SYNC, REGISTER_WRITABLE, Register};
+
+/// How many slots there are.
+const SLOTS: usize = 256;
+
+/// What the frontend has to do now.
+#[derive(Debug, PartialEq, Eq)]
+pub enum MappingAction<'a, F> {
+    /// Try the descriptor at a scratch address, then [`Mappings::insert`] it.
+    Register {
+        /// The free slot.
+        slot: u8,
+        /// May be mapped writable.
+        writable: bool,
+        /// Is mapped with `MAP_SYNC`.
+        sync: bool,
+        /// Bytes that may be mapped.
+        length: u64,
+    },
+    /// Nothing more: the slot is empty now.
+    Forgotten(F),
+    /// Map a piece of this file, then wake.
+    Map {
+        /// The slot's file.
+        file: &'a F,
+        /// With `MAP_SYNC`.
+        sync: bool,
+        /// Bytes from the file's start.
+        file_offset: u64,
+        /// Where in the region.
+        range: RegionRange,
+        /// For stores too.
+        writable: bool,
+    },
+    /// Make this a trap again, then wake.
+    Unmap(RegionRange),
+    /// Drop read copies.
+    Evict(RegionRange),
+}
+
+/// Why a request is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Answer with this status and go on.
+    Status(Status),
+    /// Answer with `EINVAL` if an answer was asked for, and end the session.
+    Violation(Violation),
+}
+
+impl From<Violation> for Refusal {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}
+
+#[derive(Debug)]
+struct Slot<F> {
+    file: F,
+    writable: bool,
+    sync: bool,
+    length: u64,
+}
+
+/// The slots of a session, and the region that its requests are checked against.
+#[derive(Debug)]
+pub struct Mappings<F> {
+    slots: Vec<Option<Slot<F>>>,
+    region_size: u64,
+    read_only: bool,
+    page_size: u64,
+}
+
+impl<F> Mappings<F> {
+    /// No slot is in use yet. `read_only` refuses every writable slot.
+    pub fn new(region_size: u64, read_only: bool, page_size: u64) -> Self {
+        let slots = std::iter::repeat_with(|| None).take(SLOTS).collect();
+        Self {
+            slots,
+            region_size,
+            read_only,
+            page_size,
+        }
+    }
+
+    /// Decides what to do with a request.
+    ///
+    /// # Errors
+    /// A [`Refusal`]: nothing of the request may be carried out.
+    pub fn request(
+        &mut self,
+        request: &BackendRequest,
+        reply_wanted: bool,
+    ) -> Result<MappingAction<'_, F>, Refusal> {
+        let code = request.code();
+        if code.must_ask() && !reply_wanted {
+            return Err(Violation::ReplyNotWanted(code.name()).into());
+        }
+        match request {
+            BackendRequest::RegisterFd(register) => self.register(register),
+            BackendRequest::ForgetFd(slot) => self.forget(*slot),
+            BackendRequest::Map(map) => self.map(map),
+            BackendRequest::Unmap(range) => Ok(MappingAction::Unmap(self.checked(*range)?)),
+            BackendRequest::Evict(range) => Ok(MappingAction::Evict(self.checked(*range)?)),
+        }
+    }
+
+    /// Fills the slot of a [`MappingAction::Register`] whose descriptor has proved itself.
+    pub fn insert(&mut self, register: &Register, file: F) {
+        let slot = Slot {
+            file,
+            writable: register.flags & REGISTER_WRITABLE != 0,
+            sync: register.flags & REGISTER_SYNC != 0,
+            length: register.length,
+        };
+        let index = usize::try_from(register.slot).expect("the slot was checked");
+        self.slots[index] = Some(slot);
+    }
+
+    fn register(&self, register: &Register) -> Result<MappingAction<'_, F>, Refusal> {
+        let index = slot_index(register.slot)?;
+        if register.length == 0 || !register.length.is_multiple_of(self.page_size) {
+            return Err(Violation::OutOfRange("register.length").into());
+        }
+        let writable = register.flags & REGISTER_WRITABLE != 0;
+        if writable && self.read_only {
+            return Err(Violation::OutOfRange("register.flags").into());
+        }
+        if self.slots[usize::from(index)].is_some() {
+            return Err(Refusal::Status(Status::from_errno(libc::EEXIST)));
+        }
+        let sync = register.flags & REGISTER_SYNC != 0;
+        Ok(MappingAction::Register {
+            slot: index,
+            writable,
+            sync,
+            length: register.length,
+        })
+    }
+
+    fn forget(&mut self, slot: u32) -> Result<MappingAction<'_, F>, Refusal> {
+        let index = slot_index(slot)?;
+        match self.slots[usize::from(index)].take() {
+            Some(slot) => Ok(MappingAction::Forgotten(slot.file)),
+            None => Err(Refusal::Status(Status::from_errno(libc::ENOENT))),
+        }
+    }
+
+    fn map(&self, map: &Map) -> Result<MappingAction<'_, F>, Refusal> {
+        let range = self.checked(map.range)?;
+        let slot = self.slots[usize::from(map.slot)].as_ref();
+        let slot = slot.ok_or(Violation::OutOfRange("mmap.shmid"))?;
+        let end = map
+            .file_offset
+            .checked_add(range.len)
+            .filter(|end| *end <= slot.length);
+        if end.is_none() || !map.file_offset.is_multiple_of(self.page_size) {
+            return Err(Violation::OutOfRange("mmap.fd_offset").into());
+        }
+        if map.writable && !slot.writable {
+            return Err(Violation::OutOfRange("mmap.flags").into());
+        }
+        Ok(MappingAction::Map {
+            file: &slot.file,
+            sync: slot.sync,
+            file_offset: map.file_offset,
+            range,
+            writable: map.writable,
+        })
+    }
+
+    /// A range of whole pages inside the region.
+    fn checked(&self, range: RegionRange) -> Result<RegionRange, Violation> {
+        let whole = range.offset.is_multiple_of(self.page_size)
+            && range.len.is_multiple_of(self.page_size)
+            && range.len != 0;
+        match range.end().filter(|end| whole && *end <= self.region_size) {
+            Some(_) => Ok(range),
+            None => Err(Violation::OutOfRange("mmap range")),
+        }
+    }
+}
+
+fn slot_index(slot: u32) -> Result<u8, Violation> {
+    u8::try_from(slot).map_err(|_| Violation::OutOfRange("register.slot"))
+}
