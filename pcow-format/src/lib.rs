@@ -1,2 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! To be filled.
+//! The pcow image: files, layers, cluster state, commit order, check.
+//!
+//! An image is a directory. [`Stored`] is one as it stands, [`Image`] one held for writing. A disk is a stack of
+//! layers; the [`active`](Image::active) one changes, those [below](Image::below) never do. The normative description,
+//! with the invariants I0 to I8 that the code cites, is `docs/image-format.md`.
+//!
+//! This crate knows no socket, no userfaultfd, no QEMU and no command line.
+
+#![deny(unsafe_code)]
+
+pub mod active;
+pub mod chain;
+pub mod check;
+mod error;
+mod image;
+pub mod info;
+mod layer_files;
+mod lock;
+pub mod map;
+pub mod medium;
+pub mod ops;
+pub mod root;
+mod units;
+
+pub use error::{Error, ErrorKind, Result};
+pub use image::{Environment, Image, ROOT_FILE, Source, Stored};
+pub use layer_files::{BaseDirs, data_name, map_name};
+pub use lock::{ImageLock, LOCK_FILE, holder};
+pub use units::{
+    Cluster, ClusterRange, ClusterSize, DEFAULT_CLUSTER_BYTES, MAX_CLUSTER_BYTES,
+    MAX_VIRTUAL_BYTES, MIN_CLUSTER_BYTES, SIZE_STEP_BYTES, VirtualSize,
+};

@@ -1,0 +1,535 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The active layer: the one whose clusters change while a guest runs, and the order in which they become durable.
+//!
+//! Callers hold a lock per cluster across look-up and change (F1); this module only guards the words that neighbouring
+//! clusters share. It knows nothing of the layers below: its caller says what a cluster is to hold.
+//!
+//! A cluster becomes data in this order, and a crash between any two steps leaves it absent or whole:
+//!
+//! | | page cache | DAX |
+//! |---|---|---|
+//! | 1 | reserve, or write the bytes | reserve, or write the bytes durably (I1) |
+//! | 2 | word 11, *live*: this boot only | word 01, write-back, fence (I2) |
+//! | 3 | `flush`: `fdatasync` the data, noted words 11 to 01, `fdatasync` the map | |
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
+use crate::medium::{Domain, File, Site, read_exact_at};
+use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
+
+/// Bytes of a map read at once when all of it is looked through: 8,192 words.
+const SCAN_BYTES: usize = 64 << 10;
+
+/// The active layer, open for writing.
+#[derive(Debug)]
+pub struct Active {
+    name: String,
+    size: VirtualSize,
+    cluster: ClusterSize,
+    map: Arc<dyn File>,
+    data: Arc<dyn File>,
+    domain: Domain,
+    /// Guards every read-modify-write of a word; holds the numbers of words that may have live clusters.
+    live: Mutex<BTreeSet<u64>>,
+    ready: Mutex<Bitmap>,
+    /// Held for the length of a flush; set for ever by the first that fails (I7).
+    flush_failed: Mutex<Option<String>>,
+}
+
+/// What opening the layer found out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// Clusters that were live in an earlier boot: their bytes were never flushed and are gone.
+    pub discarded_clusters: u64,
+}
+
+impl Active {
+    /// Opens the layer `name` and settles what an earlier boot left (section "Opening" of `docs/image-format.md`).
+    ///
+    /// # Errors
+    /// `Io` if a file cannot be read or written.
+    pub(crate) fn open(
+        name: String,
+        (size, cluster): (VirtualSize, ClusterSize),
+        (map, data): (Arc<dyn File>, Arc<dyn File>),
+        boot: Uuid,
+    ) -> Result<(Self, Recovery)> {
+        let domain = domain_of(map.as_ref(), data.as_ref())
+            .context(|| format!("cannot tell the persistence domain of layer {name}"))?;
+        let active = Self {
+            name,
+            size,
+            cluster,
+            map,
+            data,
+            domain,
+            live: Mutex::default(),
+            ready: Mutex::new(Bitmap::new(cluster.clusters_in(size.bytes()))),
+            flush_failed: Mutex::default(),
+        };
+        let recovery = active.settle_tag(boot)?;
+        Ok((active, recovery))
+    }
+
+    /// What makes stores durable here.
+    pub fn domain(&self) -> Domain {
+        self.domain
+    }
+
+    /// Size of the clusters.
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.cluster
+    }
+
+    /// Size of the disk.
+    pub fn virtual_size(&self) -> VirtualSize {
+        self.size
+    }
+
+    /// The data file, to be mapped by a frontend. Byte N of the disk is byte N of the file.
+    pub fn data_file(&self) -> &dyn File {
+        self.data.as_ref()
+    }
+
+    /// State of one cluster.
+    ///
+    /// # Errors
+    /// `Io` if the map cannot be read.
+    pub fn state(&self, cluster: Cluster) -> Result<State> {
+        Ok(self
+            .read_word(map::word_of(cluster))?
+            .get(map::slot_of(cluster)))
+    }
+
+    /// The longest run of data clusters around `cluster` within `bounds`; empty if `cluster` itself is none.
+    ///
+    /// # Errors
+    /// `Io` if the map cannot be read.
+    pub fn data_run(&self, cluster: Cluster, bounds: ClusterRange) -> Result<ClusterRange> {
+        let states = self.states(bounds)?;
+        let (before, after) = states.split_at(units::len(cluster.0 - bounds.start));
+        let is_data = |s: &&State| s.is_data();
+        let after = after.iter().take_while(is_data).count();
+        if after == 0 {
+            return Ok(ClusterRange::new(cluster.0, cluster.0));
+        }
+        let before = before.iter().rev().take_while(is_data).count();
+        Ok(ClusterRange::new(
+            cluster.0 - units::bytes(before),
+            cluster.0 + units::bytes(after),
+        ))
+    }
+
+    /// The states of the clusters of `run`, in order.
+    ///
+    /// # Errors
+    /// `Io` if the map cannot be read.
+    pub fn states(&self, run: ClusterRange) -> Result<Vec<State>> {
+        read_states(self.map.as_ref(), run)
+            .context(|| format!("cannot read the map of layer {}", self.name))
+    }
+
+    /// Gives `run`, all of it absent here and reading zero, storage that reads zero, ahead of its allocation.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; nothing changed that anybody can see.
+    pub fn prepare(&self, run: ClusterRange) -> Result<()> {
+        if self.ready().all(run) {
+            return Ok(());
+        }
+        let range = self.cluster.byte_range(run);
+        let context = || format!("cannot reserve space in layer {}", self.name);
+        if self.is_hole(&range).context(context)? {
+            // I1: a hole is durable zero, and reserving does not change what it reads.
+            self.data
+                .reserve(Site("active.prepare.reserve"), range)
+                .context(context)?;
+        } else {
+            // Bytes of a copy that a crash cut off, or old ones that were not punched yet (I3).
+            self.data
+                .zero(Site("active.prepare.zero"), range)
+                .context(context)?;
+            if self.domain == Domain::Dax {
+                // The word is durable at once here, so the zeros must be durable before it (I1).
+                self.data
+                    .sync_data(Site("active.prepare.sync"))
+                    .context(context)?;
+            }
+        }
+        self.ready().set(run, true);
+        Ok(())
+    }
+
+    /// Makes `run`, all of it absent here and reading zero, data that reads zero.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; the clusters are still absent then.
+    pub fn allocate(&self, run: ClusterRange) -> Result<()> {
+        self.prepare(run)?;
+        self.mark_data(run)
+    }
+
+    /// Makes `run`, which says *zero* here, data that reads zero. Durable before it returns: a word that
+    /// is lost would otherwise uncover the parent's bytes.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; the clusters still say zero then.
+    pub fn allocate_over_zero(&self, run: ClusterRange) -> Result<()> {
+        let context = || format!("cannot reserve space in layer {}", self.name);
+        let range = self.cluster.byte_range(run);
+        self.data
+            .zero(Site("active.over_zero.zero"), range)
+            .context(context)?;
+        self.data
+            .sync_data(Site("active.over_zero.sync"))
+            .context(context)?;
+        self.ready().set(run, true);
+        self.set_words(run, State::Data)
+    }
+
+    /// Makes `run` data with the given content, which must be as long as the run.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; the words are unchanged then.
+    pub fn fill(&self, run: ClusterRange, content: &[u8]) -> Result<()> {
+        let range = self.cluster.byte_range(run);
+        assert_eq!(
+            units::bytes(content.len()),
+            range.end - range.start,
+            "content fits the run"
+        );
+        let context = || format!("cannot copy into layer {}", self.name);
+        // Until the copy is whole, what is there is neither the old zeros nor the new bytes.
+        self.ready().set(run, false);
+        match self.domain {
+            // A whole-page write into the page cache reserves its blocks, or fails.
+            Domain::PageCache => {
+                let site = Site("active.fill.write");
+                self.data
+                    .write_at(site, content, range.start)
+                    .context(context)?;
+            }
+            Domain::Dax => {
+                self.data
+                    .reserve(Site("active.fill.reserve"), range.clone())
+                    .context(context)?;
+                let site = Site("active.fill.write_durable");
+                self.data
+                    .write_durable_at(site, content, range.start)
+                    .context(context)?;
+            }
+        }
+        self.ready().set(run, true);
+        self.mark_data(run)
+    }
+
+    /// Makes `run`, absent here, read zero whatever the parent holds.
+    ///
+    /// # Errors
+    /// `Io`; the words are unchanged or changed in part then.
+    pub fn mark_zero(&self, run: ClusterRange) -> Result<()> {
+        self.set_words(run, State::Zero)
+    }
+
+    /// Makes sure that no store into `run`, which is data, can meet a full filesystem (I2): files that were
+    /// restored sparse or share blocks with a copy are given storage of their own. Cheap after the first time.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`.
+    pub fn ensure_storage(&self, run: ClusterRange) -> Result<()> {
+        if self.ready().all(run) {
+            return Ok(());
+        }
+        let range = self.cluster.byte_range(run);
+        self.data
+            .reserve(Site("active.ensure.reserve"), range)
+            .context(|| format!("cannot reserve space in layer {}", self.name))?;
+        self.ready().set(run, true);
+        Ok(())
+    }
+
+    /// Makes everything stored so far durable. Once it has failed it fails for ever (I7).
+    ///
+    /// # Errors
+    /// `FlushFailed`.
+    pub fn flush(&self) -> Result<()> {
+        let mut failed = self
+            .flush_failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(earlier) = &*failed {
+            let what = format!("an earlier flush of layer {} failed: {earlier}", self.name);
+            return Err(Error::new(ErrorKind::FlushFailed, what));
+        }
+        self.flush_once().map_err(|e| {
+            *failed = Some(e.to_string());
+            let what = format!("cannot flush layer {}", self.name);
+            Error::new(ErrorKind::FlushFailed, what).caused_by(e)
+        })
+    }
+
+    /// Only words noted *before* the data was synced may become durable: a word that turns live during the
+    /// sync speaks of bytes that the sync may not have seen (I1).
+    fn flush_once(&self) -> Result<()> {
+        let noted = self.note_live()?;
+        self.data
+            .sync_data(Site("active.flush.data"))
+            .context(|| "cannot sync the data file".to_owned())?;
+        if self.domain == Domain::Dax && noted.is_empty() {
+            return Ok(());
+        }
+        self.settle_live(&noted)?;
+        self.map
+            .sync_data(Site("active.flush.map"))
+            .context(|| "cannot sync the map file".to_owned())
+    }
+
+    fn note_live(&self) -> Result<Vec<(u64, Word)>> {
+        let numbers = std::mem::take(&mut *self.live());
+        // A cluster that turns live after the take is in the new set again, whether or not it is noted here.
+        let note = |number: &u64| Ok((*number, self.read_word(*number)?));
+        numbers
+            .iter()
+            .map(note)
+            .collect::<Result<_>>()
+            .inspect_err(|_| {
+                // Nothing was settled: they are still live.
+                self.live().extend(&numbers);
+            })
+    }
+
+    fn settle_live(&self, noted: &[(u64, Word)]) -> Result<()> {
+        for (number, noted) in noted {
+            let guard = self.live();
+            let settled = self.read_word(*number)?.settle(*noted);
+            self.write_word(Site("active.flush.word"), *number, settled)?;
+            drop(guard);
+        }
+        Ok(())
+    }
+
+    fn mark_data(&self, run: ClusterRange) -> Result<()> {
+        match self.domain {
+            Domain::PageCache => self.set_words(run, State::Live),
+            Domain::Dax => self.set_words(run, State::Data),
+        }
+    }
+
+    fn set_words(&self, run: ClusterRange, state: State) -> Result<()> {
+        for (number, slots) in map::words_of(run) {
+            let mut live = self.live();
+            let word = self.read_word(number)?;
+            let word = slots.fold(word, |word, slot| word.with(slot, state));
+            if word.has_live() {
+                live.insert(number);
+            }
+            self.write_word(Site("active.word"), number, word)?;
+        }
+        if self.domain == Domain::Dax {
+            // One fence for all words: none of them is relied on before this returns (I2).
+            self.map.fence(Site("active.word.fence"));
+        }
+        Ok(())
+    }
+
+    fn write_word(&self, site: Site, number: u64, word: Word) -> Result<()> {
+        let offset = map::word_offset(number);
+        match self.domain {
+            Domain::PageCache => self.map.write_at(site, &word.0.to_le_bytes(), offset),
+            Domain::Dax => self
+                .map
+                .store_word(site, offset, word.0)
+                .and_then(|()| self.map.write_back(site, offset)),
+        }
+        .context(|| format!("cannot write the map of layer {}", self.name))
+    }
+
+    fn read_word(&self, number: u64) -> Result<Word> {
+        let mut raw = [0; 8];
+        read_exact_at(self.map.as_ref(), &mut raw, map::word_offset(number))
+            .context(|| format!("cannot read the map of layer {}", self.name))?;
+        Ok(Word(u64::from_le_bytes(raw)))
+    }
+
+    fn is_hole(&self, range: &Range<u64>) -> std::io::Result<bool> {
+        let data = self.data.next_data(range.start)?;
+        Ok(data.is_none_or(|d| d.start >= range.end))
+    }
+
+    /// Whether any cluster is data or zero.
+    ///
+    /// # Errors
+    /// `Io` if the map cannot be read.
+    pub fn is_empty(&self) -> Result<bool> {
+        let mut empty = true;
+        scan_words(self.map.as_ref(), &mut |_, _| {
+            empty = false;
+            Ok(())
+        })
+        .context(|| format!("cannot read the map of layer {}", self.name))?;
+        Ok(empty)
+    }
+
+    fn live(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        // The set may then hold too many numbers, never too few: inserts come before the word is written.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Bitmap> {
+        // A bit is set after the work that it speaks of, cleared before: a panic in between leaves it clear.
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or a
+    /// second crash would make them look like this boot's.
+    fn settle_tag(&self, boot: Uuid) -> Result<Recovery> {
+        let context = || format!("cannot read the boot tag of layer {}", self.name);
+        let present = Tag::new(boot, self.map.status().context(context)?.identity);
+        let mut raw = [0; TAG_BYTES];
+        read_exact_at(self.map.as_ref(), &mut raw, TAG_OFFSET).context(context)?;
+        // A map that never was in the page cache domain has no tag and no live words.
+        let untagged = raw == [0; TAG_BYTES];
+        if untagged && self.domain == Domain::Dax {
+            return Ok(Recovery::default());
+        }
+        if Tag::decode(&raw) == Some(present) {
+            self.collect_live()?;
+            return Ok(Recovery::default());
+        }
+        let recovery = if untagged {
+            Recovery::default()
+        } else {
+            self.discard_live()?
+        };
+        let context = || format!("cannot write the boot tag of layer {}", self.name);
+        let site = Site("active.open.tag");
+        self.map
+            .write_at(site, &present.encode(), TAG_OFFSET)
+            .context(context)?;
+        // Durable before the first live word: an old tag beside live words of this boot would do no harm, but no
+        // tag at all would claim that there are none.
+        self.map
+            .sync_data(Site("active.open.tag_sync"))
+            .context(context)?;
+        Ok(recovery)
+    }
+
+    fn collect_live(&self) -> Result<()> {
+        let mut live = self.live();
+        scan_words(self.map.as_ref(), &mut |number, word| {
+            if word.has_live() {
+                live.insert(number);
+            }
+            Ok(())
+        })
+        .context(|| format!("cannot read the map of layer {}", self.name))
+    }
+
+    fn discard_live(&self) -> Result<Recovery> {
+        let mut discarded = 0;
+        let context = || format!("cannot discard unflushed clusters of layer {}", self.name);
+        scan_words(self.map.as_ref(), &mut |number, word| {
+            let (word, count) = word.discard_live();
+            if count == 0 {
+                return Ok(());
+            }
+            discarded += u64::from(count);
+            let site = Site("active.open.discard");
+            self.map
+                .write_at(site, &word.0.to_le_bytes(), map::word_offset(number))
+        })
+        .context(context)?;
+        if discarded > 0 {
+            self.map
+                .sync_data(Site("active.open.discard_sync"))
+                .context(context)?;
+        }
+        Ok(Recovery {
+            discarded_clusters: discarded,
+        })
+    }
+}
+
+/// An image counts as DAX only if both files of the active layer do.
+fn domain_of(map: &dyn File, data: &dyn File) -> std::io::Result<Domain> {
+    Ok(match (map.domain()?, data.domain()?) {
+        (Domain::Dax, Domain::Dax) => Domain::Dax,
+        _ => Domain::PageCache,
+    })
+}
+
+/// The states that `map` gives the clusters of `run`, in order.
+pub(crate) fn read_states(map: &dyn File, run: ClusterRange) -> std::io::Result<Vec<State>> {
+    let first = map::word_of(Cluster(run.start));
+    let last = run.end.div_ceil(map::CLUSTERS_PER_WORD).max(first);
+    let mut raw = vec![0; units::len((last - first) * 8)];
+    read_exact_at(map, &mut raw, map::word_offset(first))?;
+    let words = raw.as_chunks::<8>().0;
+    let word = |c: Cluster| {
+        Word(u64::from_le_bytes(
+            words[units::len(map::word_of(c) - first)],
+        ))
+    };
+    Ok(run.iter().map(|c| word(c).get(map::slot_of(c))).collect())
+}
+
+/// Calls `visit` with the number and value of every word that is not zero. Skips holes.
+pub(crate) fn scan_words(
+    map: &dyn File,
+    visit: &mut dyn FnMut(u64, Word) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let mut at = WORDS_OFFSET;
+    let mut buf = vec![0; SCAN_BYTES];
+    while let Some(data) = map.next_data(at)? {
+        at = (data.start & !7).max(at);
+        while at < data.end {
+            let wanted = units::len(
+                (data.end - at)
+                    .next_multiple_of(8)
+                    .min(units::bytes(SCAN_BYTES)),
+            );
+            let got = map.read_at(&mut buf[..wanted], at)?;
+            for (i, raw) in buf[..got].as_chunks::<8>().0.iter().enumerate() {
+                let word = Word(u64::from_le_bytes(*raw));
+                if word != Word::default() {
+                    visit((at - WORDS_OFFSET) / 8 + units::bytes(i), word)?;
+                }
+            }
+            if got < wanted {
+                return Ok(());
+            }
+            at += units::bytes(wanted);
+        }
+    }
+    Ok(())
+}
+
+/// One bit per cluster: it has storage of its own, and if it is absent that storage reads zero. Zeroed memory is
+/// only taken where a bit was ever set.
+#[derive(Debug)]
+struct Bitmap(Vec<u64>);
+
+impl Bitmap {
+    fn new(bits: u64) -> Self {
+        Self(vec![0; units::len(bits.div_ceil(64))])
+    }
+
+    fn all(&self, run: ClusterRange) -> bool {
+        run.iter()
+            .all(|c| self.0[units::len(c.0 / 64)] & 1 << (c.0 % 64) != 0)
+    }
+
+    fn set(&mut self, run: ClusterRange, value: bool) {
+        for c in run.iter() {
+            let mask = 1 << (c.0 % 64);
+            let word = &mut self.0[units::len(c.0 / 64)];
+            *word = if value { *word | mask } else { *word & !mask };
+        }
+    }
+}

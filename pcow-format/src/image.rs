@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An image as it stands ([`Stored`]), and an image held for writing ([`Image`]): opening, what a guest's touch needs,
+//! and the commit of a new root. Operations that change the layer tree are in `ops`.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::active::{Active, Recovery};
+use crate::chain::Chain;
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::layer_files::{self, BaseDirs, Pair};
+use crate::lock::ImageLock;
+use crate::map::State;
+use crate::medium::real::RealDirectory;
+use crate::medium::{Access, Directory, Domain, Site};
+use crate::root::{self, Kind, Root};
+use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
+
+/// Name of the root in the image's directory.
+pub const ROOT_FILE: &str = "image.json";
+const ROOT_PART: &str = "image.json.part";
+
+/// What an image needs to know of the world around it.
+#[derive(Debug, Clone)]
+pub struct Environment {
+    /// Where bases outside the image may be.
+    pub bases: BaseDirs,
+    /// Identity of this boot of the machine.
+    pub boot: Uuid,
+}
+
+impl Environment {
+    /// For the image at `path`: bases may lie beside it, and below `extra`.
+    ///
+    /// # Errors
+    /// `Io` if the kernel does not tell its boot id.
+    pub fn for_image(path: &Path, extra: &[PathBuf]) -> Result<Self> {
+        let beside = path.join("..");
+        let dirs = extra.iter().map(PathBuf::as_path).chain([beside.as_path()]);
+        Ok(Self {
+            bases: BaseDirs::new(dirs),
+            boot: boot_id()?,
+        })
+    }
+}
+
+/// The kernel's `random/boot_id` (proc(5)).
+fn boot_id() -> Result<Uuid> {
+    let context = || "cannot read the boot id".to_owned();
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context(context)?;
+    Uuid::parse_str(text.trim()).map_err(|e| Error::new(ErrorKind::Io, context()).caused_by(e))
+}
+
+/// An image whose root was read and checked. Nothing is locked: what another process writes meanwhile may be missed.
+#[derive(Debug)]
+pub struct Stored {
+    dir: Arc<dyn Directory>,
+    root: Root,
+    env: Environment,
+}
+
+impl Stored {
+    /// Opens the image in the directory `path`.
+    ///
+    /// # Errors
+    /// `NotFound`, `NotAnImage`, `Unsupported`, `Corrupt` or `Io`.
+    pub fn open(path: &Path, base_dirs: &[PathBuf]) -> Result<Self> {
+        let dir = open_image_dir(path)?;
+        Self::load(dir, Environment::for_image(path, base_dirs)?)
+    }
+
+    /// As [`Stored::open`] on an open directory.
+    ///
+    /// # Errors
+    /// As [`Stored::open`].
+    pub fn load(dir: Arc<dyn Directory>, env: Environment) -> Result<Self> {
+        let root = read_root(dir.as_ref())?;
+        Ok(Self { dir, root, env })
+    }
+
+    /// The root.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// The image's directory.
+    pub fn directory(&self) -> &dyn Directory {
+        self.dir.as_ref()
+    }
+
+    /// What the image knows of the world around it.
+    pub fn environment(&self) -> &Environment {
+        &self.env
+    }
+
+    /// What a guest would see with `top` as the uppermost layer; errors here are what a missing base looks like.
+    ///
+    /// # Errors
+    /// `BaseMissing`, `BaseChanged`, `BaseForbidden`, `Corrupt` or `Io`.
+    pub fn chain(&self, top: Uuid) -> Result<Chain> {
+        let records = self.root.chain(top)?;
+        let (size, cluster) = (records[0].virtual_size, records[0].cluster()?);
+        self.chain_of(&records, size, cluster)
+    }
+
+    /// As [`Stored::chain`] for rows that may not be in the table yet; `clip` bytes of them show.
+    pub(crate) fn chain_of(
+        &self,
+        records: &[&root::Layer],
+        clip: u64,
+        finest: ClusterSize,
+    ) -> Result<Chain> {
+        let open = |l: &&root::Layer| {
+            layer_files::open_for_reading(self.dir.as_ref(), l, &self.env.bases, self.env.boot)
+        };
+        let layers = records.iter().map(open).collect::<Result<_>>()?;
+        Ok(Chain::new(layers, clip, finest))
+    }
+
+    /// Keeps writers out for as long as the result lives; `None` on a medium without locks.
+    ///
+    /// # Errors
+    /// `Locked`.
+    pub fn lock_shared(&self) -> Result<Option<ImageLock>> {
+        ImageLock::shared(self.dir.as_ref())
+    }
+}
+
+fn open_image_dir(path: &Path) -> Result<Arc<dyn Directory>> {
+    match RealDirectory::open(path) {
+        Ok(dir) => Ok(dir),
+        Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => {
+            let what = format!("{} is a file, not a pcow image", path.display());
+            Err(Error::new(ErrorKind::NotAnImage, what))
+        }
+        Err(e) => Err(e).context(|| format!("cannot open the image {}", path.display())),
+    }
+}
+
+fn read_root(dir: &dyn Directory) -> Result<Root> {
+    let file = dir
+        .open(ROOT_FILE, Access::Read)
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => Error::new(
+                ErrorKind::NotAnImage,
+                "the directory is not a pcow image: it has no image.json",
+            ),
+            _ => Error::new(ErrorKind::Io, "cannot open image.json").caused_by(e),
+        })?;
+    let context = || "cannot read image.json".to_owned();
+    let len = file.status().context(context)?.len;
+    if len > root::MAX_BYTES {
+        let what = format!("image.json has {len} bytes, more than any image needs");
+        return Err(Error::new(ErrorKind::Corrupt, what));
+    }
+    let mut text = vec![0; units::len(len)];
+    let got = file.read_at(&mut text, 0).context(context)?;
+    Root::decode(&text[..got])
+}
+
+/// Replaces the root: the new text is durable before it gets the name, the name before this returns (I4).
+pub(crate) fn write_root(dir: &dyn Directory, root: &Root) -> Result<()> {
+    let context = || "cannot replace image.json".to_owned();
+    let text = root.encode()?;
+    match dir.unlink(Site("root.part.unlink"), ROOT_PART) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).context(context),
+        _ => {}
+    }
+    let file = dir
+        .create(Site("root.part.create"), ROOT_PART)
+        .context(context)?;
+    file.write_at(Site("root.part.write"), &text, 0)
+        .context(context)?;
+    file.sync_data(Site("root.part.sync")).context(context)?;
+    dir.rename(Site("root.rename"), ROOT_PART, ROOT_FILE)
+        .context(context)?;
+    dir.sync(Site("root.dir.sync")).context(context)
+}
+
+/// Whose bytes a cluster of the disk shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Data in the active layer.
+    Active,
+    /// In no layer, or zero in one below: reads zero, and may be allocated in place.
+    Nobody,
+    /// The active layer says zero.
+    Zero,
+    /// At least in part in a sealed layer.
+    Sealed,
+}
+
+/// An image held for writing: nobody else can open it for writing while this lives.
+#[derive(Debug)]
+pub struct Image {
+    pub(crate) stored: Stored,
+    pub(crate) active: Active,
+    pub(crate) below: Chain,
+    recovery: Recovery,
+    lock: Option<ImageLock>,
+}
+
+impl Image {
+    /// Takes the image at `path` for writing and recovers what a crash left.
+    ///
+    /// # Errors
+    /// As [`Stored::open`] and [`Stored::chain`]; `Locked` naming the holder; `Linked` if a file that will be
+    /// written has a second name.
+    pub fn open(path: &Path, base_dirs: &[PathBuf]) -> Result<Self> {
+        let dir = open_image_dir(path)?;
+        Self::load(dir, Environment::for_image(path, base_dirs)?)
+    }
+
+    /// As [`Image::open`] on an open directory.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn load(dir: Arc<dyn Directory>, env: Environment) -> Result<Self> {
+        // Read once before locking, so that what is no image is said to be none; what counts is read under the lock.
+        read_root(dir.as_ref())?;
+        let lock = ImageLock::exclusive(dir.as_ref())?;
+        let stored = Stored::load(dir, env)?;
+        let (active, below, recovery) = open_stack(&stored)?;
+        // After the checks: an image that is refused is left as it was.
+        crate::ops::sweep(&stored)?;
+        Ok(Self {
+            stored,
+            active,
+            below,
+            recovery,
+            lock,
+        })
+    }
+
+    /// The root as it was last committed.
+    pub fn root(&self) -> &Root {
+        &self.stored.root
+    }
+
+    /// The image's directory.
+    pub fn directory(&self) -> &dyn Directory {
+        self.stored.directory()
+    }
+
+    /// What recovery found when the image was opened.
+    pub fn recovery(&self) -> Recovery {
+        self.recovery
+    }
+
+    /// The lock, to be shared with a frontend; `None` on a medium without locks.
+    pub fn lock(&self) -> Option<&ImageLock> {
+        self.lock.as_ref()
+    }
+
+    /// The active layer.
+    pub fn active(&self) -> &Active {
+        &self.active
+    }
+
+    /// The layers below the active one.
+    pub fn below(&self) -> &Chain {
+        &self.below
+    }
+
+    /// Size of the disk.
+    pub fn virtual_size(&self) -> VirtualSize {
+        self.active.virtual_size()
+    }
+
+    /// Size of the clusters of the active layer, in which all of the calls below count.
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.active.cluster_size()
+    }
+
+    /// What makes stores durable.
+    pub fn domain(&self) -> Domain {
+        self.active.domain()
+    }
+
+    /// The clusters that one allocation covers at least: those of the allocation unit around `cluster`.
+    pub fn allocation_run(&self, cluster: Cluster) -> ClusterRange {
+        let unit = self.stored.root.allocation_unit >> self.cluster_size().bits();
+        let start = cluster.0 / unit * unit;
+        let all = self.cluster_size().clusters_in(self.virtual_size().bytes());
+        ClusterRange::new(start, (start + unit).min(all))
+    }
+
+    /// Whose bytes `cluster` shows. Pure look-up: changes nothing.
+    ///
+    /// # Errors
+    /// `Io` or `Corrupt` if a map cannot be read.
+    pub fn source(&self, cluster: Cluster) -> Result<Source> {
+        let state = self.active.state(cluster)?;
+        self.source_in_state(cluster, state)
+    }
+
+    /// [`Image::source`] of each cluster of `run`, in order.
+    ///
+    /// # Errors
+    /// As [`Image::source`].
+    pub fn sources(&self, run: ClusterRange) -> Result<Vec<Source>> {
+        let states = self.active.states(run)?;
+        let pairs = run.iter().zip(states);
+        pairs
+            .map(|(c, state)| self.source_in_state(c, state))
+            .collect()
+    }
+
+    fn source_in_state(&self, cluster: Cluster, state: State) -> Result<Source> {
+        Ok(match state {
+            State::Data | State::Live => Source::Active,
+            State::Zero => Source::Zero,
+            State::Absent => {
+                let bytes = self.cluster_size().byte_range(cluster.only());
+                if self.below.is_nobodys(bytes)? {
+                    Source::Nobody
+                } else {
+                    Source::Sealed
+                }
+            }
+        })
+    }
+
+    /// Makes `run` data in the active layer, content unchanged, whatever its clusters were. The caller holds the
+    /// locks of all of them (F1). `buf` is scratch space.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; clusters that were not reached are as they were.
+    pub fn make_writable(&self, run: ClusterRange, buf: &mut Vec<u8>) -> Result<()> {
+        let sources = self.sources(run)?;
+        let mut start = run.start;
+        for group in sources.chunk_by(|a, b| a == b) {
+            let piece = ClusterRange::new(start, start + units::bytes(group.len()));
+            match group[0] {
+                Source::Active => self.active.ensure_storage(piece)?,
+                Source::Nobody => self.active.allocate(piece)?,
+                Source::Zero => self.active.allocate_over_zero(piece)?,
+                Source::Sealed => self.copy_up(piece, buf)?,
+            }
+            start = piece.end;
+        }
+        Ok(())
+    }
+
+    fn copy_up(&self, run: ClusterRange, buf: &mut Vec<u8>) -> Result<()> {
+        let range = self.cluster_size().byte_range(run);
+        buf.resize(units::len(range.end - range.start), 0);
+        self.below.read(range.start, buf)?;
+        self.active.fill(run, buf)
+    }
+
+    /// Reads what the disk shows at `offset`. Not for clusters that a guest may be writing to: it maps those.
+    ///
+    /// # Errors
+    /// `Io` or `Corrupt`.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let range = offset..offset + units::bytes(buf.len());
+        for cluster in self.cluster_size().covering(&range).iter() {
+            let own = self.cluster_size().byte_range(cluster.only());
+            let part = own.start.max(range.start)..own.end.min(range.end);
+            let place = units::len(part.start - offset)..units::len(part.end - offset);
+            self.read_cluster(cluster, part, &mut buf[place])?;
+        }
+        Ok(())
+    }
+
+    fn read_cluster(&self, cluster: Cluster, part: Range<u64>, buf: &mut [u8]) -> Result<()> {
+        match self.active.state(cluster)? {
+            State::Data | State::Live => {
+                crate::medium::read_exact_at(self.active.data_file(), buf, part.start)
+                    .context(|| "cannot read the active layer's data".to_owned())
+            }
+            State::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            State::Absent => self.below.read(part.start, buf),
+        }
+    }
+
+    /// Makes everything stored so far durable, as far as the domain goes.
+    ///
+    /// # Errors
+    /// `FlushFailed`, and then always (I7).
+    pub fn flush(&self) -> Result<()> {
+        self.active.flush()
+    }
+
+    /// Makes `root` the image's root and opens what it names.
+    pub(crate) fn commit(&mut self, root: Root) -> Result<()> {
+        write_root(self.stored.dir.as_ref(), &root)?;
+        self.stored.root = root;
+        let (active, below, _) = open_stack(&self.stored)?;
+        self.active = active;
+        self.below = below;
+        Ok(())
+    }
+}
+
+fn open_stack(stored: &Stored) -> Result<(Active, Chain, Recovery)> {
+    let records = stored.root.chain(stored.root.active)?;
+    let (top, rest) = (records[0], &records[1..]);
+    let (size, cluster) = (top.size()?, top.cluster()?);
+    let below = stored.chain_of(rest, top.clip, cluster)?;
+    let Pair { map, data } = layer_files::open_own(stored.dir.as_ref(), top, Access::Write)?;
+    for (file, name) in [
+        (&map, layer_files::map_name(top.uuid)),
+        (&data, layer_files::data_name(top.uuid)),
+    ] {
+        let status = file.status().context(|| format!("cannot inspect {name}"))?;
+        if status.links > 1 {
+            // I6: what is written through one name would change under the other.
+            let what = format!("the active layer's file {name} has {} names", status.links);
+            return Err(Error::new(ErrorKind::Linked, what));
+        }
+    }
+    let (active, recovery) = Active::open(
+        top.uuid.to_string(),
+        (size, cluster),
+        (map, data),
+        stored.env.boot,
+    )?;
+    Ok((active, below, recovery))
+}
+
+impl Root {
+    /// A new, empty layer on `parent`, not yet in the table.
+    ///
+    /// # Errors
+    /// `Corrupt` if `parent` is not in the table.
+    pub(crate) fn empty_layer(
+        &self,
+        parent: Uuid,
+        size: VirtualSize,
+        cluster: ClusterSize,
+    ) -> Result<root::Layer> {
+        let parent = self.layer(parent).ok_or_else(|| {
+            Error::new(ErrorKind::Corrupt, "the parent layer is not in the table")
+        })?;
+        Ok(root::Layer {
+            uuid: Uuid::new_v4(),
+            parent: Some(parent.uuid),
+            virtual_size: size.bytes(),
+            cluster_size: cluster.bytes(),
+            clip: size.bytes().min(parent.virtual_size),
+            sealed: false,
+            map_checksum: None,
+            kind: Kind::Own,
+        })
+    }
+}

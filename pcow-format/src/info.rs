@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an image takes on disk, what it is made of, and what its filesystem grants. Reads only.
+
+use std::ops::Range;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::chain::Owner;
+use crate::error::{IoContext, Result};
+use crate::image::Stored;
+use crate::layer_files::{data_name, map_name};
+use crate::medium::{Access, Directory, Domain};
+use crate::root::{Kind, Layer};
+
+/// Storage that the files of a layer take, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Usage {
+    /// In files that no other image has.
+    pub exclusive: u64,
+    /// In files that other images have, too.
+    pub shared: u64,
+}
+
+impl Usage {
+    /// Both together.
+    pub fn total(self) -> u64 {
+        self.exclusive + self.shared
+    }
+}
+
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            exclusive: self.exclusive + other.exclusive,
+            shared: self.shared + other.shared,
+        }
+    }
+}
+
+impl Stored {
+    /// What the files of `layer` take. A base elsewhere takes nothing here.
+    ///
+    /// # Errors
+    /// `Io` if a file cannot be inspected.
+    pub fn usage(&self, layer: &Layer) -> Result<Usage> {
+        if layer.kind != Kind::Own {
+            return Ok(Usage::default());
+        }
+        let files = [data_name(layer.uuid), map_name(layer.uuid)];
+        files.iter().try_fold(Usage::default(), |sum, name| {
+            Ok(sum + file_usage(self.directory(), name)?)
+        })
+    }
+
+    /// What all layers take together.
+    ///
+    /// # Errors
+    /// As [`Stored::usage`].
+    pub fn total_usage(&self) -> Result<Usage> {
+        let mut sum = Usage::default();
+        for layer in &self.root().layers {
+            sum = sum + self.usage(layer)?;
+        }
+        Ok(sum)
+    }
+
+    /// What makes the active layer's stores durable on this filesystem.
+    ///
+    /// # Errors
+    /// `Io` if a file cannot be opened for writing.
+    pub fn domain(&self) -> Result<Domain> {
+        let active = self.root().active;
+        let context = || "cannot tell the persistence domain".to_owned();
+        for name in [map_name(active), data_name(active)] {
+            let file = self
+                .directory()
+                .open(&name, Access::Write)
+                .context(context)?;
+            if file.domain().context(context)? == Domain::PageCache {
+                return Ok(Domain::PageCache);
+            }
+        }
+        Ok(Domain::Dax)
+    }
+
+    /// The pieces of the disk as the active layer and those below show them, neighbours of one owner joined.
+    /// Calls `visit` with the bytes and the layer that has them, `None` for zeros.
+    ///
+    /// # Errors
+    /// As [`Stored::chain`], and what `visit` returns.
+    pub fn for_each_extent(
+        &self,
+        top: Uuid,
+        visit: &mut dyn FnMut(Range<u64>, Option<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let chain = self.chain(top)?;
+        let size = self.root().chain(top)?[0].virtual_size;
+        let mut pending: Option<(Range<u64>, Option<usize>)> = None;
+        let mut at = 0;
+        while at < size {
+            let end = size.min(at + MAP_STEP_BYTES);
+            for extent in chain.extents(at..end)? {
+                let depth = match extent.owner {
+                    Owner::Nobody => None,
+                    Owner::Layer(depth) => Some(depth),
+                };
+                match &mut pending {
+                    Some((bytes, owner)) if *owner == depth => bytes.end = extent.bytes.end,
+                    _ => {
+                        if let Some((bytes, owner)) = pending.replace((extent.bytes, depth)) {
+                            visit(bytes, owner)?;
+                        }
+                    }
+                }
+            }
+            at = end;
+        }
+        pending.map_or(Ok(()), |(bytes, owner)| visit(bytes, owner))
+    }
+}
+
+/// Bytes of the disk looked at in one step.
+const MAP_STEP_BYTES: u64 = 1 << 30;
+
+fn file_usage(dir: &dyn Directory, name: &str) -> Result<Usage> {
+    let context = || format!("cannot inspect {name}");
+    let status = dir
+        .open(name, Access::Read)
+        .and_then(|f| f.status())
+        .context(context)?;
+    Ok(if status.links > 1 {
+        Usage {
+            exclusive: 0,
+            shared: status.allocated,
+        }
+    } else {
+        Usage {
+            exclusive: status.allocated,
+            shared: 0,
+        }
+    })
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Stores to a file on a DAX filesystem: mapping, atomic store, cache-line write-back and fence.
+//!
+//! One of the two files of the crate that hold `unsafe`. On other machines than x86-64 no file counts as DAX,
+//! so that everything goes through `fdatasync`.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::units::len;
+
+/// A whole file mapped shared and writable with `MAP_SYNC`.
+#[derive(Debug)]
+pub(crate) struct SyncMapping {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is only accessed with atomic operations.
+unsafe impl Send for SyncMapping {}
+// SAFETY: as for Send; `store` takes &self and is atomic.
+unsafe impl Sync for SyncMapping {}
+
+impl SyncMapping {
+    /// Maps the first `length` bytes of `file`.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` or `EINVAL` where the file is not DAX.
+    pub(crate) fn new(file: &File, length: u64) -> io::Result<Self> {
+        let length = len(length);
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        Ok(Self { base, length })
+    }
+
+    fn address(&self, offset: u64) -> io::Result<NonNull<u8>> {
+        let offset = len(offset);
+        if !offset.is_multiple_of(8) || offset + 8 > self.length {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        // SAFETY: offset + 8 <= length, so the result stays inside the mapping, which lives as long as self.
+        Ok(unsafe { self.base.add(offset) })
+    }
+
+    /// Stores one aligned word; other readers of the file see the old or the new one.
+    pub(crate) fn store(&self, offset: u64, word: u64) -> io::Result<()> {
+        let address = self.address(offset)?.cast::<u64>().as_ptr();
+        // SAFETY: in bounds and 8-byte aligned (checked in `address`; a mapping starts on a page), and no
+        // reference to this memory exists: all access is through such atomics.
+        let cell = unsafe { AtomicU64::from_ptr(address) };
+        // Release: what this thread did before (the data that the word speaks of) is not moved behind the store.
+        cell.store(word.to_le(), Ordering::Release);
+        Ok(())
+    }
+
+    /// Starts the write-back of the cache line at `offset`.
+    pub(crate) fn write_back(&self, offset: u64) -> io::Result<()> {
+        let address = self.address(offset)?;
+        cache::write_back(address);
+        Ok(())
+    }
+}
+
+impl Drop for SyncMapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly the range that `new` mapped; no pointer into it outlives self.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// Whether `file` grants synchronous mappings: the kernel says so by making one.
+pub(crate) fn is_dax(file: &File) -> bool {
+    cfg!(target_arch = "x86_64") && SyncMapping::new(file, 4096).is_ok()
+}
+
+pub(crate) use cache::fence;
+
+#[cfg(target_arch = "x86_64")]
+mod cache {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use std::ptr::NonNull;
+    use std::sync::OnceLock;
+
+    #[derive(Clone, Copy)]
+    enum Instruction {
+        Clwb,
+        ClflushOpt,
+        Clflush,
+    }
+
+    /// The cheapest instruction of this CPU (Intel SDM vol. 2, CPUID leaf 7, EBX bits 24 and 23).
+    fn instruction() -> Instruction {
+        static CHOICE: OnceLock<Instruction> = OnceLock::new();
+        *CHOICE.get_or_init(|| {
+            if __cpuid(0).eax < 7 {
+                return Instruction::Clflush;
+            }
+            let ebx = __cpuid_count(7, 0).ebx;
+            if ebx & (1 << 24) != 0 {
+                Instruction::Clwb
+            } else if ebx & (1 << 23) != 0 {
+                Instruction::ClflushOpt
+            } else {
+                Instruction::Clflush
+            }
+        })
+    }
+
+    pub(crate) fn write_back(address: NonNull<u8>) {
+        let p = address.as_ptr();
+        match instruction() {
+            // SAFETY: the CPU has clwb; the address is mapped; the instruction changes no memory content.
+            Instruction::Clwb => unsafe { asm!("clwb [{}]", in(reg) p, options(nostack)) },
+            // SAFETY: the CPU has clflushopt; as above.
+            Instruction::ClflushOpt => unsafe {
+                asm!("clflushopt [{}]", in(reg) p, options(nostack))
+            },
+            // SAFETY: every x86-64 CPU has clflush; as above.
+            Instruction::Clflush => unsafe { asm!("clflush [{}]", in(reg) p, options(nostack)) },
+        }
+    }
+
+    pub(crate) fn fence() {
+        // SAFETY: sfence has no operands and no side effect but ordering.
+        unsafe { asm!("sfence", options(nostack)) };
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod cache {
+    use std::ptr::NonNull;
+
+    /// Never reached: `is_dax` is false on this machine.
+    pub(crate) fn write_back(_address: NonNull<u8>) {}
+
+    /// Orders stores before those that follow.
+    pub(crate) fn fence() {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The seam through which every byte becomes durable.
+//!
+//! The rest of the crate reaches files only through [`Directory`] and [`File`]. Every call that can change what survives
+//! a crash names its call site, so that an implementation can record, reorder, fail or cut it. [`real`] is the
+//! operating system. This module knows files and names, not layers or clusters.
+
+mod dax;
+pub mod real;
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Identifies one call in the source that changes durable state, for example `snapshot.root.rename`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Site(pub &'static str);
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// For reading only.
+    Read,
+    /// For reading and writing.
+    Write,
+}
+
+/// What identifies a file and tells copies apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Device number of the filesystem.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Birth time in nanoseconds since the epoch; 0 where the filesystem has none.
+    pub birth_ns: u64,
+}
+
+/// What the filesystem says of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Which file it is.
+    pub identity: Identity,
+    /// Length in bytes.
+    pub len: u64,
+    /// Bytes of storage that it occupies.
+    pub allocated: u64,
+    /// How many names it has.
+    pub links: u64,
+    /// Time of the last change of content, in nanoseconds since the epoch.
+    pub mtime_ns: i128,
+}
+
+/// What makes bytes durable: design of the storage under a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Domain {
+    /// Stores reach the medium by cache-line write-back (a `MAP_SYNC` mapping of this file succeeds).
+    Dax,
+    /// Stores reach the page cache; `fdatasync` makes them durable.
+    PageCache,
+}
+
+impl Domain {
+    /// The name used in output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Domain::Dax => "dax",
+            Domain::PageCache => "page-cache",
+        }
+    }
+}
+
+/// An open directory.
+pub trait Directory: Debug + Send + Sync {
+    /// Opens an existing regular file by name; never follows a symbolic link.
+    fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn File>>;
+    /// Creates a file that must not exist, empty, mode 0600 less the umask.
+    fn create(&self, site: Site, name: &str) -> io::Result<Arc<dyn File>>;
+    /// Renames a file, replacing `to` atomically.
+    fn rename(&self, site: Site, from: &str, to: &str) -> io::Result<()>;
+    /// Gives the file `from` of the directory `source` the name `to` here. Fails with `EXDEV` across filesystems.
+    fn link(&self, site: Site, source: &dyn Directory, from: &str, to: &str) -> io::Result<()>;
+    /// Removes a file's name.
+    fn unlink(&self, site: Site, name: &str) -> io::Result<()>;
+    /// Makes names created, renamed and removed here durable.
+    fn sync(&self, site: Site) -> io::Result<()>;
+    /// The names of all entries, in no order.
+    fn names(&self) -> io::Result<Vec<String>>;
+    /// Opens a subdirectory; never follows a symbolic link.
+    fn open_dir(&self, name: &str) -> io::Result<Arc<dyn Directory>>;
+    /// Creates a subdirectory that must not exist and opens it.
+    fn create_dir(&self, site: Site, name: &str) -> io::Result<Arc<dyn Directory>>;
+    /// Renames a subdirectory; fails with `EEXIST` if `to` exists.
+    fn rename_dir(&self, site: Site, from: &str, to: &str) -> io::Result<()>;
+    /// Removes an empty subdirectory.
+    fn remove_dir(&self, site: Site, name: &str) -> io::Result<()>;
+    /// The directory behind a real implementation, for what is not a durable act (locks, sockets, statistics).
+    fn as_real(&self) -> Option<&real::RealDirectory>;
+}
+
+/// An open file.
+pub trait File: Debug + Send + Sync {
+    /// Identity, length, blocks and links.
+    fn status(&self) -> io::Result<Status>;
+    /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `buf` at `offset`.
+    fn write_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Writes all of `buf` at `offset`; durable when it returns (`RWF_DSYNC`).
+    fn write_durable_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Sets the length; what is added reads zero.
+    fn set_len(&self, site: Site, len: u64) -> io::Result<()>;
+    /// Gives every byte of the range storage of its own, so that no later store can meet a full filesystem. Content stays.
+    fn reserve(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// As [`File::reserve`], and the range reads zero afterwards, whatever it held.
+    fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// Gives storage back; the range reads zero afterwards.
+    fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// The first range at or after `from` that may hold something other than zeros, as far as the filesystem tells.
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
+    /// Makes content, and the length needed to read it, durable (`fdatasync`).
+    fn sync_data(&self, site: Site) -> io::Result<()>;
+    /// What makes stores to this file durable.
+    fn domain(&self) -> io::Result<Domain>;
+    /// Stores one aligned 8-byte word through the mapping of a DAX file. Visible at once, durable after
+    /// [`File::write_back`] and [`File::fence`].
+    fn store_word(&self, site: Site, offset: u64, word: u64) -> io::Result<()>;
+    /// Starts the write-back of the cache line that holds `offset`.
+    fn write_back(&self, site: Site, offset: u64) -> io::Result<()>;
+    /// Waits until all write-backs started by this thread have reached the persistence domain.
+    fn fence(&self, site: Site);
+    /// The file behind a real implementation, to be passed on to another process.
+    fn as_real(&self) -> Option<&std::fs::File>;
+}
+
+/// Reads exactly `buf.len()` bytes.
+///
+/// # Errors
+/// `UnexpectedEof` if the file is shorter.
+pub(crate) fn read_exact_at(file: &dyn File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    if file.read_at(buf, offset)? == buf.len() {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "the file ends too early",
+    ))
+}

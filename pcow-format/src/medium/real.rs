@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The operating system's files behind the seam. Content is read and written with `pread` and `pwrite` only, so that a
+//! truncated or poisoned file is an error, never a signal; the one mapping is for the words of a DAX file.
+
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{
+    AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom, StatxFlags,
+};
+use rustix::io::Errno;
+
+use super::{Access, Directory, Domain, File, Identity, Site, Status, dax};
+use crate::units::bytes;
+
+/// A directory of a mounted filesystem.
+#[derive(Debug)]
+pub struct RealDirectory {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl RealDirectory {
+    /// Opens the directory at `path`, following symbolic links on the way: the caller trusts its own path.
+    ///
+    /// # Errors
+    /// As open(2); `ENOTDIR` if it is something else.
+    pub fn open(path: &Path) -> io::Result<Arc<Self>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty())?;
+        Ok(Arc::new(Self {
+            fd,
+            path: path.to_owned(),
+        }))
+    }
+
+    /// The path under which it was opened, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open directory.
+    pub fn as_fd(&self) -> impl AsFd + '_ {
+        &self.fd
+    }
+
+    /// Opens an entry without leaving the directory and without following any link.
+    fn open_entry(&self, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mode = if flags.contains(OFlags::CREATE) {
+            Mode::RUSR | Mode::WUSR
+        } else {
+            Mode::empty()
+        };
+        Ok(rustix::fs::openat2(&self.fd, name, flags, mode, resolve)?)
+    }
+}
+
+impl Directory for RealDirectory {
+    fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn File>> {
+        let flags = match access {
+            Access::Read => OFlags::RDONLY,
+            Access::Write => OFlags::RDWR,
+        };
+        // NONBLOCK: a hostile directory may hold a FIFO, whose open would wait for a writer.
+        let file = fs::File::from(self.open_entry(name, flags | OFlags::NONBLOCK)?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        Ok(Arc::new(RealFile::new(file)))
+    }
+
+    fn create(&self, _: Site, name: &str) -> io::Result<Arc<dyn File>> {
+        let fd = self.open_entry(name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
+        Ok(Arc::new(RealFile::new(fs::File::from(fd))))
+    }
+
+    fn rename(&self, _: Site, from: &str, to: &str) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.fd, from, &self.fd, to)?)
+    }
+
+    fn link(&self, _: Site, source: &dyn Directory, from: &str, to: &str) -> io::Result<()> {
+        let source = source
+            .as_real()
+            .ok_or_else(|| io::Error::from(io::ErrorKind::CrossesDevices))?;
+        Ok(rustix::fs::linkat(
+            &source.fd,
+            from,
+            &self.fd,
+            to,
+            AtFlags::empty(),
+        )?)
+    }
+
+    fn unlink(&self, _: Site, name: &str) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, name, AtFlags::empty())?)
+    }
+
+    fn sync(&self, _: Site) -> io::Result<()> {
+        Ok(rustix::fs::fsync(&self.fd)?)
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name != "." && name != ".." {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    fn open_dir(&self, name: &str) -> io::Result<Arc<dyn Directory>> {
+        let fd = self.open_entry(name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        Ok(Arc::new(Self {
+            fd,
+            path: self.path.join(name),
+        }))
+    }
+
+    fn create_dir(&self, _: Site, name: &str) -> io::Result<Arc<dyn Directory>> {
+        rustix::fs::mkdirat(&self.fd, name, Mode::RWXU | Mode::RWXG | Mode::RWXO)?;
+        self.open_dir(name)
+    }
+
+    fn rename_dir(&self, _: Site, from: &str, to: &str) -> io::Result<()> {
+        Ok(rustix::fs::renameat_with(
+            &self.fd,
+            from,
+            &self.fd,
+            to,
+            RenameFlags::NOREPLACE,
+        )?)
+    }
+
+    fn remove_dir(&self, _: Site, name: &str) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR)?)
+    }
+
+    fn as_real(&self) -> Option<&RealDirectory> {
+        Some(self)
+    }
+}
+
+/// A regular file of a mounted filesystem.
+#[derive(Debug)]
+pub struct RealFile {
+    file: fs::File,
+    /// Cleared when the filesystem says that it knows no shared blocks, so that it is asked once.
+    may_share_blocks: AtomicBool,
+    /// Made at the first word store; only DAX files get one.
+    words: OnceLock<dax::SyncMapping>,
+}
+
+impl RealFile {
+    fn new(file: fs::File) -> Self {
+        Self {
+            file,
+            may_share_blocks: AtomicBool::new(true),
+            words: OnceLock::new(),
+        }
+    }
+
+    /// Opens a file of the user's (a raw base) for reading.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open_raw(path: &Path) -> io::Result<Arc<dyn File>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        Ok(Arc::new(Self::new(file)))
+    }
+
+    fn words(&self) -> io::Result<&dax::SyncMapping> {
+        if let Some(words) = self.words.get() {
+            return Ok(words);
+        }
+        let mapping = dax::SyncMapping::new(&self.file, self.file.metadata()?.len())?;
+        // Two threads may both have made one; the loser's is unmapped at once, both show the same file.
+        Ok(self.words.get_or_init(|| mapping))
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> rustix::io::Result<()> {
+        let length = range.end - range.start;
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, range.start, length) {
+                Err(Errno::INTR) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+impl File for RealFile {
+    fn status(&self) -> io::Result<Status> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let s = rustix::fs::statx(&self.file, "", AtFlags::EMPTY_PATH, mask)?;
+        let birth = if s.stx_mask & StatxFlags::BTIME.bits() == 0 {
+            0
+        } else {
+            nanoseconds(&s.stx_btime)
+        };
+        Ok(Status {
+            identity: Identity {
+                device: rustix::fs::makedev(s.stx_dev_major, s.stx_dev_minor),
+                inode: s.stx_ino,
+                birth_ns: u64::try_from(birth).unwrap_or(0),
+            },
+            len: s.stx_size,
+            allocated: s.stx_blocks.saturating_mul(512),
+            links: u64::from(s.stx_nlink),
+            mtime_ns: nanoseconds(&s.stx_mtime),
+        })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset + bytes(done)) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, _: Site, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn write_durable_at(&self, _: Site, buf: &[u8], offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let rest = [io::IoSlice::new(&buf[done..])];
+            let flags = rustix::io::ReadWriteFlags::DSYNC;
+            match rustix::io::pwritev2(&self.file, &rest, offset + bytes(done), flags) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, _: Site, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn reserve(&self, _: Site, range: Range<u64>) -> io::Result<()> {
+        // A shared (reflinked) block counts as allocated, but a store to it needs a new one. Unsharing promises that
+        // no later write fails for want of space (fallocate(2)), so it allocates holes as well.
+        if self.may_share_blocks.load(Ordering::Relaxed) {
+            match self.fallocate(FallocateFlags::UNSHARE_RANGE, &range) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::INVAL) => {
+                    self.may_share_blocks.store(false, Ordering::Relaxed);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(self.fallocate(FallocateFlags::empty(), &range)?)
+    }
+
+    fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        match self.fallocate(FallocateFlags::ZERO_RANGE, &range) {
+            Err(Errno::OPNOTSUPP) => {
+                self.punch(site, range.clone())?;
+                self.reserve(site, range)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn punch(&self, _: Site, range: Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(self.fallocate(flags, &range)?)
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        // `seek` moves the shared file position, which nothing else uses.
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
+        Ok(Some(start..end))
+    }
+
+    fn sync_data(&self, _: Site) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn domain(&self) -> io::Result<Domain> {
+        Ok(if dax::is_dax(&self.file) {
+            Domain::Dax
+        } else {
+            Domain::PageCache
+        })
+    }
+
+    fn store_word(&self, _: Site, offset: u64, word: u64) -> io::Result<()> {
+        self.words()?.store(offset, word)
+    }
+
+    fn write_back(&self, _: Site, offset: u64) -> io::Result<()> {
+        self.words()?.write_back(offset)
+    }
+
+    fn fence(&self, _: Site) {
+        dax::fence();
+    }
+
+    fn as_real(&self) -> Option<&fs::File> {
+        Some(&self.file)
+    }
+}
+
+fn nanoseconds(t: &rustix::fs::StatxTimestamp) -> i128 {
+    i128::from(t.tv_sec) * 1_000_000_000 + i128::from(t.tv_nsec)
+}

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Creation of an image, empty or on a base. It is built in a `.part` directory and renamed, so that an image of that
+//! name is complete or absent (I6).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::image::{Environment, Image, Stored, write_root};
+use crate::layer_files::{self, Adopted};
+use crate::lock;
+use crate::medium::real::{RealDirectory, RealFile};
+use crate::medium::{Directory, Domain, Site};
+use crate::ops::snapshot::free_name;
+use crate::root::{Kind, Layer, Root};
+use crate::units::{ClusterSize, MAX_CLUSTER_BYTES, SIZE_STEP_BYTES, VirtualSize};
+
+/// Allocation unit of an image in the page cache, unless the user says otherwise.
+const DEFAULT_UNIT_BYTES: u64 = 64 << 10;
+/// Allocation unit on DAX: one huge page.
+const DEFAULT_DAX_UNIT_BYTES: u64 = 2 << 20;
+
+/// What a new image is to be.
+#[derive(Debug, Clone)]
+pub struct NewImage {
+    /// Size of the disk; that of the base if `None`.
+    pub size: Option<VirtualSize>,
+    /// Size of the clusters.
+    pub cluster: ClusterSize,
+    /// Bytes that an allocation covers at least; 64 KiB in the page cache and 2 MiB on DAX if `None`.
+    pub allocation_unit: Option<u64>,
+    /// What the disk shows where nothing was written.
+    pub base: Option<Base>,
+}
+
+/// What a new image is based on.
+#[derive(Debug, Clone)]
+pub enum Base {
+    /// Another image, at a snapshot (name or number) or as it is now.
+    Image {
+        /// Its directory.
+        path: PathBuf,
+        /// Which snapshot; the present state if `None`, which is sealed first.
+        snapshot: Option<String>,
+        /// Refer to the base's files where they are, instead of adopting them.
+        reference: bool,
+    },
+    /// A raw file. Formats are never guessed.
+    Raw {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// What a creation did besides making the image.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Created {
+    /// Bytes of the base that had to be copied, because its files could not be linked.
+    pub copied_bytes: u64,
+    /// Snapshot of the base that was made to fix its present state.
+    pub sealed_base_as: Option<String>,
+}
+
+/// Creates the image `path`.
+///
+/// # Errors
+/// `Exists`, `InvalidArgument` for sizes, what opening a base may fail with, `NoSpace` or `Io`. A failed
+/// creation leaves nothing under that name.
+pub fn create(path: &Path, new: &NewImage, base_dirs: &[PathBuf]) -> Result<Created> {
+    let name = path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .ok_or_else(|| invalid(format!("{} cannot be the name of an image", path.display())))?;
+    let parent = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let parent =
+        RealDirectory::open(parent).context(|| format!("cannot open {}", parent.display()))?;
+    let env = Environment::for_image(path, base_dirs)?;
+    create_in(parent.as_ref(), name, new, &env)
+}
+
+/// As [`create`], in an open directory.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_in(
+    parent: &dyn Directory,
+    name: &str,
+    new: &NewImage,
+    env: &Environment,
+) -> Result<Created> {
+    let context = || format!("cannot create the image {name}");
+    if parent.names().context(context)?.iter().any(|n| n == name) {
+        return Err(Error::new(
+            ErrorKind::Exists,
+            format!("{name} exists already"),
+        ));
+    }
+    // The base first: nothing is made if it cannot be used.
+    let base = new
+        .base
+        .as_ref()
+        .map(|b| BaseLayers::open(b, name, env))
+        .transpose()?;
+    let part = format!("{name}.part");
+    discard_part(parent, &part).context(context)?;
+    let dir = parent
+        .create_dir(Site("create.dir"), &part)
+        .context(context)?;
+    match build(dir.as_ref(), new, base.as_ref(), env.boot) {
+        Ok(copied_bytes) => {
+            parent
+                .rename_dir(Site("create.rename"), &part, name)
+                .context(context)?;
+            parent.sync(Site("create.parent.sync")).context(context)?;
+            Ok(Created {
+                copied_bytes,
+                sealed_base_as: base.and_then(|b| b.sealed_as),
+            })
+        }
+        Err(e) => {
+            // Best effort: the next creation of that name clears it, too.
+            let _ = discard_part(parent, &part);
+            Err(e)
+        }
+    }
+}
+
+/// Removes an unfinished image of an earlier attempt (I5: a writer's own `.part` names).
+fn discard_part(parent: &dyn Directory, part: &str) -> std::io::Result<()> {
+    let dir = match parent.open_dir(part) {
+        Ok(dir) => dir,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for name in dir.names()? {
+        dir.unlink(Site("create.part.unlink"), &name)?;
+    }
+    parent.remove_dir(Site("create.part.rmdir"), part)
+}
+
+fn build(
+    dir: &dyn Directory,
+    new: &NewImage,
+    base: Option<&BaseLayers>,
+    boot: Uuid,
+) -> Result<u64> {
+    let uuid = Uuid::new_v4();
+    lock::create(dir)?;
+    let (mut layers, copied) = base.map_or(Ok((Vec::new(), 0)), |b| b.adopt_into(dir))?;
+    let active = active_layer(new, layers.first())?;
+    let unit = new.allocation_unit;
+    if unit.is_some_and(|u| !u.is_power_of_two() || u < new.cluster.bytes() || u > 1 << 30) {
+        let what = "the allocation unit must be a power of two from the cluster size to 1 GiB";
+        return Err(invalid(what.to_owned()));
+    }
+    let pair = layer_files::create(dir, &active, uuid, boot)?;
+    let domain = pair
+        .data
+        .domain()
+        .context(|| "cannot tell the persistence domain".to_owned())?;
+    let default_unit = match domain {
+        Domain::Dax => DEFAULT_DAX_UNIT_BYTES,
+        Domain::PageCache => DEFAULT_UNIT_BYTES,
+    };
+    let unit = unit.unwrap_or(default_unit.max(new.cluster.bytes()));
+    layers.insert(0, active.clone());
+    write_root(dir, &Root::new(uuid, unit, active.uuid, layers))?;
+    Ok(copied)
+}
+
+fn active_layer(new: &NewImage, parent: Option<&Layer>) -> Result<Layer> {
+    let size = match (new.size, parent) {
+        (Some(size), _) => size,
+        (None, Some(parent)) => parent.size()?,
+        (None, None) => return Err(invalid("an image without base needs a size".to_owned())),
+    };
+    Ok(Layer {
+        uuid: Uuid::new_v4(),
+        parent: parent.map(|p| p.uuid),
+        virtual_size: size.bytes(),
+        cluster_size: new.cluster.bytes(),
+        clip: parent.map_or(0, |p| p.virtual_size.min(size.bytes())),
+        sealed: false,
+        map_checksum: None,
+        kind: Kind::Own,
+    })
+}
+
+/// The layers of a base, the top one first, ready to join another image's table.
+#[derive(Debug)]
+pub(super) struct BaseLayers {
+    layers: Vec<Layer>,
+    /// Where the files of its own layers are; `None` if they are referred to, or for a raw base.
+    adopt_from: Option<Arc<dyn Directory>>,
+    sealed_as: Option<String>,
+}
+
+impl BaseLayers {
+    /// Opens `base`, sealing its present state if that is asked for. `for_image` names the new image.
+    pub(super) fn open(base: &Base, for_image: &str, env: &Environment) -> Result<Self> {
+        match base {
+            Base::Raw { path } => Self::open_raw(path),
+            Base::Image {
+                path,
+                snapshot,
+                reference,
+            } => {
+                let path = absolute(path)?;
+                Self::open_image(&path, snapshot.as_deref(), *reference, for_image, env)
+            }
+        }
+    }
+
+    fn open_raw(path: &Path) -> Result<Self> {
+        let path = absolute(path)?;
+        let context = || format!("cannot open the raw base {}", path.display());
+        let file = RealFile::open_raw(&path)
+            .map_err(|e| Error::new(ErrorKind::BaseMissing, context()).caused_by(e))?;
+        let bytes = file.status().context(context)?.len;
+        let size = VirtualSize::new(bytes.next_multiple_of(SIZE_STEP_BYTES))?;
+        let layer = Layer {
+            uuid: Uuid::new_v4(),
+            parent: None,
+            virtual_size: size.bytes(),
+            cluster_size: MAX_CLUSTER_BYTES,
+            clip: 0,
+            sealed: true,
+            map_checksum: None,
+            kind: layer_files::raw_kind(file.as_ref(), &path)?,
+        };
+        Ok(Self {
+            layers: vec![layer],
+            adopt_from: None,
+            sealed_as: None,
+        })
+    }
+
+    fn open_image(
+        path: &Path,
+        snapshot: Option<&str>,
+        reference: bool,
+        for_image: &str,
+        env: &Environment,
+    ) -> Result<Self> {
+        // The base's own bases are looked for beside it, as when it is opened itself.
+        let base_env = Environment {
+            bases: Environment::for_image(path, &[])?.bases,
+            boot: env.boot,
+        };
+        let dir: Arc<dyn Directory> = RealDirectory::open(path).map_err(|e| {
+            let what = format!("cannot open the base {}", path.display());
+            Error::new(ErrorKind::BaseMissing, what).caused_by(e)
+        })?;
+        let stored = Stored::load(Arc::clone(&dir), base_env.clone())?;
+        let (layers, sealed_as) = match snapshot {
+            Some(name) => (
+                rows(stored.root(), stored.root().snapshot(name)?.layer)?,
+                None,
+            ),
+            None => present_state(dir.clone(), stored, base_env, for_image)?,
+        };
+        // Errors of a broken base belong here, not to the first boot of the clone.
+        if let Some(top) = layers.first() {
+            Stored::open(path, &[])?.chain(top.uuid)?;
+        }
+        let mut base = Self {
+            layers,
+            adopt_from: None,
+            sealed_as,
+        };
+        if reference {
+            base.refer_to(path);
+        } else {
+            base.adopt_from = Some(dir);
+        }
+        Ok(base)
+    }
+
+    fn refer_to(&mut self, path: &Path) {
+        for layer in self.layers.iter_mut().filter(|l| l.kind == Kind::Own) {
+            layer.kind = Kind::Reference {
+                directory: path.to_owned(),
+            };
+        }
+    }
+
+    /// Gives the layers' files a place in `dir`; returns their rows and how many bytes had to be copied.
+    pub(super) fn adopt_into(&self, dir: &dyn Directory) -> Result<(Vec<Layer>, u64)> {
+        let mut copied = 0;
+        if let Some(from) = &self.adopt_from {
+            for layer in self.layers.iter().filter(|l| l.kind == Kind::Own) {
+                if let Adopted::Copied { bytes } =
+                    layer_files::adopt(dir, from.as_ref(), layer.uuid)?
+                {
+                    copied += bytes;
+                }
+            }
+            dir.sync(Site("adopt.dir.sync"))
+                .context(|| "cannot sync the new image".to_owned())?;
+        }
+        Ok((self.layers.clone(), copied))
+    }
+
+    /// Those layers that `root` does not have yet.
+    pub(super) fn without(&self, root: &Root) -> Self {
+        let new = |l: &&Layer| root.layer(l.uuid).is_none();
+        Self {
+            layers: self.layers.iter().filter(new).cloned().collect(),
+            adopt_from: self.adopt_from.clone(),
+            sealed_as: None,
+        }
+    }
+
+    /// The rows, the top one first.
+    pub(super) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Name of the snapshot that fixes the base's present state, if one had to be made.
+    pub(super) fn sealed_as(&self) -> Option<&str> {
+        self.sealed_as.as_deref()
+    }
+}
+
+/// The sealed layers that show what `stored` shows now; seals its active layer first if that holds anything.
+fn present_state(
+    dir: Arc<dyn Directory>,
+    stored: Stored,
+    env: Environment,
+    for_image: &str,
+) -> Result<(Vec<Layer>, Option<String>)> {
+    let active = stored.root().active_layer()?.clone();
+    let mut image = Image::load(dir, env)?;
+    let parent = active.parent.and_then(|p| image.root().layer(p));
+    // Same size, nothing written: the parent shows the same, and no snapshot is needed.
+    let same = |p: &Layer| p.virtual_size == active.virtual_size && p.virtual_size == active.clip;
+    if image.active().is_empty()? && parent.is_some_and(same) {
+        let parent = active.parent.unwrap_or_default();
+        return Ok((rows(image.root(), parent)?, None));
+    }
+    let name = free_name(image.root(), &format!("base-of-{for_image}"));
+    let sealed = image.root().active;
+    image.snapshot(Some(&name))?;
+    Ok((rows(image.root(), sealed)?, Some(name)))
+}
+
+fn rows(root: &Root, top: Uuid) -> Result<Vec<Layer>> {
+    Ok(root.chain(top)?.into_iter().cloned().collect())
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|e| {
+        let what = format!("the base {} is not there", path.display());
+        Error::new(ErrorKind::BaseMissing, what).caused_by(e)
+    })
+}
+
+fn invalid(what: String) -> Error {
+    Error::new(ErrorKind::InvalidArgument, what)
+}

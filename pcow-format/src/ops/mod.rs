@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Operations on the layer tree. Each builds complete, durable files first and switches `image.json` last (I4), so that
+//! a crash leaves the image as it was or as it will be.
+
+mod create;
+mod rebase;
+mod rollback;
+mod snapshot;
+
+use std::collections::HashSet;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+
+pub use create::{Base, Created, NewImage, create, create_in};
+pub use rebase::{NewBase, RebaseMode, Rebased};
+pub use rollback::RolledBack;
+
+use crate::active::scan_words;
+use crate::error::{IoContext, Result};
+use crate::image::Stored;
+use crate::layer_files::{data_name, map_name};
+use crate::medium::{Access, Directory, Site};
+use crate::root::{Kind, Root};
+
+/// Seconds since the epoch.
+fn now() -> u64 {
+    // A clock before 1970 is a clock that was never set.
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
+
+/// Removes what an operation that was cut off left behind, as far as I5 allows: `.part` files and layers that the root
+/// does not name and that hold not one data word. Anything else stays for `check` to report.
+pub(crate) fn sweep(stored: &Stored) -> Result<()> {
+    let dir = stored.directory();
+    let context = || "cannot clean up after an operation that was cut off".to_owned();
+    let names = dir.names().context(context)?;
+    for name in names.iter().filter(|n| n.ends_with(".part")) {
+        dir.unlink(Site("sweep.part.unlink"), name)
+            .context(context)?;
+    }
+    for layer in unnamed_layers(stored.root(), &names) {
+        if is_without_content(dir, layer).context(context)? {
+            remove_layer_files(dir, layer)?;
+        }
+    }
+    Ok(())
+}
+
+/// Layers of which there are files but no row in the layer table.
+pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
+    let named: HashSet<_> = root.layers.iter().map(|l| l.uuid).collect();
+    let stem = |n: &String| {
+        let stem = n.strip_suffix(".map").or_else(|| n.strip_suffix(".data"))?;
+        Uuid::parse_str(stem).ok()
+    };
+    let unnamed: HashSet<_> = names
+        .iter()
+        .filter_map(stem)
+        .filter(|u| !named.contains(u))
+        .collect();
+    unnamed.into_iter().collect()
+}
+
+/// Whether the files of `layer`, as far as they exist, hold nothing: no word in the map, or no map and no data.
+fn is_without_content(dir: &dyn Directory, layer: Uuid) -> std::io::Result<bool> {
+    match dir.open(&map_name(layer), Access::Read) {
+        Ok(map) => {
+            let mut empty = true;
+            scan_words(map.as_ref(), &mut |_, _| {
+                empty = false;
+                Ok(())
+            })?;
+            Ok(empty)
+        }
+        // A data file is created before its map; without one it is the work of a creation that was cut off, and then
+        // nothing was ever written to it.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let data = dir.open(&data_name(layer), Access::Read)?;
+            Ok(data.next_data(0)?.is_none())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Removes the names of a layer's files; one that is missing already is no error.
+pub(crate) fn remove_layer_files(dir: &dyn Directory, layer: Uuid) -> Result<()> {
+    // The map goes last: a data file without map would be taken for unfinished only while it is empty.
+    for name in [data_name(layer), map_name(layer)] {
+        match dir.unlink(Site("layer.unlink"), &name) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).context(|| format!("cannot remove {name}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Takes out of the table the layers that neither the active layer nor a snapshot needs; returns the image's own ones,
+/// whose files may be removed once the root is committed.
+fn drop_unused_layers(root: &mut Root) -> Result<Vec<Uuid>> {
+    let tops: Vec<_> = root
+        .snapshots
+        .iter()
+        .map(|s| s.layer)
+        .chain([root.active])
+        .collect();
+    let mut needed = HashSet::new();
+    for top in tops {
+        let chain: Vec<_> = root.chain(top)?.iter().map(|l| l.uuid).collect();
+        needed.extend(chain);
+    }
+    let unused: Vec<_> = root
+        .layers
+        .iter()
+        .filter(|l| !needed.contains(&l.uuid) && l.kind == Kind::Own)
+        .map(|l| l.uuid)
+        .collect();
+    root.layers.retain(|l| needed.contains(&l.uuid));
+    Ok(unused)
+}

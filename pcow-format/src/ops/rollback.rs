@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Rollback: a new active layer on top of a snapshot. What the old one held becomes a snapshot itself (I8).
+
+use crate::error::Result;
+use crate::image::Image;
+use crate::ops::snapshot::free_name;
+
+/// What a rollback did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RolledBack {
+    /// Number of the snapshot that now holds what was active, if it held anything.
+    pub saved_as: Option<(u64, String)>,
+}
+
+impl Image {
+    /// Makes the disk show the snapshot `target` (name or number) again. Later snapshots stay. Changes since the
+    /// last snapshot are kept as one called `before-rollback-<time>`, unless `discard`.
+    ///
+    /// # Errors
+    /// `NotFound` for the snapshot; `NoSpace`, `FlushFailed` or `Io`. Before the commit the image is as it was.
+    pub fn rollback(&mut self, target: &str, discard: bool) -> Result<RolledBack> {
+        let mut root = self.root().clone();
+        let target = root.snapshot(target)?.layer;
+        let old = root.active;
+        let keep = !discard && !self.active.is_empty()?;
+        let mut saved_as = None;
+        if keep {
+            let time = super::now();
+            let name = free_name(&root, &format!("before-rollback-{time}"));
+            self.seal_active(&mut root)?;
+            saved_as = Some((root.add_snapshot(&name, old, time)?, name));
+        }
+        let size = root.chain(target)?[0].size()?;
+        let new = root.empty_layer(target, size, self.cluster_size())?;
+        self.create_layer(&new)?;
+        root.active = new.uuid;
+        root.layers.push(new);
+        let unused = super::drop_unused_layers(&mut root)?;
+        self.commit(root)?;
+        for layer in unused {
+            super::remove_layer_files(self.directory(), layer)?;
+        }
+        Ok(RolledBack { saved_as })
+    }
+}
