@@ -273,8 +273,8 @@ impl Builder {
             "configuring QEMU",
             Command::new(source.join("configure"))
                 .current_dir(build)
-                .env("NINJA", venv.join("bin/ninja"))
                 .arg(format!("--python={}", venv.join("bin/python3").display()))
+                .arg(format!("--ninja={}", venv.join("bin/ninja").display()))
                 .arg(format!("--target-list={}", arch::QEMU_TARGET))
                 .arg(format!("--firmwarepath={firmware}"))
                 .args(CONFIGURE)
