@@ -3,6 +3,7 @@
 //!
 //! [`Violation`] is pure (the state machines return it); [`Error`] adds what was being done and the operating system's reason.
 
+use std::fmt;
 use std::io;
 
 /// The result of every fallible operation of this crate.
@@ -152,5 +153,23 @@ impl Error {
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// The operating system's reason, if it gave one.
+    pub fn errno(&self) -> Option<i32> {
+        self.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+/// An error with all its causes on one line, for a log.
+pub(crate) struct Chain<'a>(pub &'a Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)?;
+        self.0
+            .source
+            .as_ref()
+            .map_or(Ok(()), |source| write!(f, ": {source}"))
     }
 }

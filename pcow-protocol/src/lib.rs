@@ -4,6 +4,7 @@
 
 pub mod codec;
 mod error;
+pub mod frontend;
 pub mod message;
 pub mod session;
 pub mod uffd;

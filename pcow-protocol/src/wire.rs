@@ -130,6 +130,18 @@ pub struct Register {
     pub length: u64,
 }
 
+impl Register {
+    /// Whether the file may be mapped writable.
+    pub fn writable(&self) -> bool {
+        self.flags & REGISTER_WRITABLE != 0
+    }
+
+    /// Whether the file is mapped with `MAP_SYNC`.
+    pub fn sync(&self) -> bool {
+        self.flags & REGISTER_SYNC != 0
+    }
+}
+
 // The layouts of protocol.md sections 2.1 and 5. No implicit padding: each size is the sum of its fields.
 const _: () = {
     assert!(size_of::<Header>() == 12);

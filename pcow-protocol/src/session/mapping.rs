@@ -5,7 +5,7 @@
 
 use crate::error::Violation;
 use crate::message::{BackendRequest, Map, RegionRange, Status};
-use crate::wire::{Code, REGISTER_SYNC, REGISTER_WRITABLE, Register};
+use crate::wire::{Code, Register};
 
 /// How many slots there are.
 const SLOTS: usize = 256;
@@ -13,17 +13,8 @@ const SLOTS: usize = 256;
 /// What the frontend has to do now.
 #[derive(Debug, PartialEq, Eq)]
 pub enum MappingAction<'a, F> {
-    /// Try the descriptor at a scratch address, then [`Mappings::insert`] it.
-    Register {
-        /// The free slot.
-        slot: u8,
-        /// May be mapped writable.
-        writable: bool,
-        /// Is mapped with `MAP_SYNC`.
-        sync: bool,
-        /// Bytes that may be mapped.
-        length: u64,
-    },
+    /// The slot is free: try the descriptor at a scratch address, then [`Mappings::insert`] it.
+    Register(Register),
     /// Nothing more: the slot is empty now.
     Forgotten(F),
     /// Map a piece of this file, then wake.
@@ -115,8 +106,8 @@ impl<F> Mappings<F> {
     pub fn insert(&mut self, register: &Register, file: F) {
         let slot = Slot {
             file,
-            writable: register.flags & REGISTER_WRITABLE != 0,
-            sync: register.flags & REGISTER_SYNC != 0,
+            writable: register.writable(),
+            sync: register.sync(),
             length: register.length,
         };
         let index = usize::try_from(register.slot).expect("the slot was checked");
@@ -128,20 +119,13 @@ impl<F> Mappings<F> {
         if register.length == 0 || !register.length.is_multiple_of(self.page_size) {
             return Err(Violation::OutOfRange("register.length").into());
         }
-        let writable = register.flags & REGISTER_WRITABLE != 0;
-        if writable && self.read_only {
+        if register.writable() && self.read_only {
             return Err(Violation::OutOfRange("register.flags").into());
         }
         if self.slots[usize::from(index)].is_some() {
             return Err(Refusal::Status(Status::from_errno(libc::EEXIST)));
         }
-        let sync = register.flags & REGISTER_SYNC != 0;
-        Ok(MappingAction::Register {
-            slot: index,
-            writable,
-            sync,
-            length: register.length,
-        })
+        Ok(MappingAction::Register(*register))
     }
 
     fn forget(&mut self, slot: u32) -> Result<MappingAction<'_, F>, Refusal> {

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The mapping thread: carries out the backend channel's requests, one after the other, in their order.
+//!
+//! It touches no guest memory and waits for nobody who may (F6). A request costs one receive, its own system calls, and a
+//! reply only where one was asked for.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::io::Errno;
+
+use super::link::Link;
+use super::region::{FileMode, GuestRegion, try_scratch};
+use super::watch::MoveGuard;
+use crate::codec::{Connection, Received};
+use crate::error::{Chain, Error, Result};
+use crate::message::{BackendReply, BackendRequest, RegionRange, Status};
+use crate::session::{MappingAction, Mappings, Refusal};
+use crate::wire::Code;
+
+/// Done, or the errno that the backend hears.
+type Outcome = std::result::Result<(), Errno>;
+
+/// How often the backend asked for what, since the frontend exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MappingCounts {
+    /// MAP requests carried out.
+    pub maps: u64,
+    /// UNMAP requests carried out.
+    pub unmaps: u64,
+    /// EVICT requests carried out.
+    pub evicts: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    maps: AtomicU64,
+    unmaps: AtomicU64,
+    evicts: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn snapshot(&self) -> MappingCounts {
+        MappingCounts {
+            maps: self.maps.load(Ordering::Relaxed),
+            unmaps: self.unmaps.load(Ordering::Relaxed),
+            evicts: self.evicts.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// The region as the mapping thread changes it.
+#[derive(Debug)]
+pub(super) struct Surface {
+    pub region: Arc<GuestRegion>,
+    pub moves: MoveGuard,
+    pub counters: Arc<Counters>,
+}
+
+impl Surface {
+    /// MAP, then wake. A mapping that fails is turned into trap again before anybody hears of it.
+    fn map(
+        &self,
+        file: BorrowedFd<'_>,
+        mode: FileMode,
+        file_offset: u64,
+        range: RegionRange,
+    ) -> Outcome {
+        self.counters.maps.fetch_add(1, Ordering::Relaxed);
+        let mapped = self.region.map(file, mode, file_offset, range);
+        if mapped.is_err() {
+            // The outcome is the mapping's own; `restore` aborts if guest memory is left with a hole.
+            let _ = self.restore(range);
+        }
+        self.wake(range);
+        mapped
+    }
+
+    /// UNMAP, then wake.
+    fn unmap(&self, range: RegionRange) -> Outcome {
+        self.counters.unmaps.fetch_add(1, Ordering::Relaxed);
+        let restored = self.restore(range);
+        self.wake(range);
+        restored
+    }
+
+    /// EVICT; nobody waits for a page that is there, so nobody is woken.
+    fn evict(&self, range: RegionRange) -> Outcome {
+        self.counters.evicts.fetch_add(1, Ordering::Relaxed);
+        self.region.evict(range)
+    }
+
+    /// Makes the range trap again, or leaves it as it was.
+    ///
+    /// Aborts the process if it did neither: where nothing is mapped a guest dies in silence, or another mapping of this
+    /// process takes the place and the guest writes into that.
+    fn restore(&self, range: RegionRange) -> Outcome {
+        let restored = self.moves.during(|| self.region.restore_trap(range));
+        let Err(error) = restored else {
+            return Ok(());
+        };
+        log::error!("cannot make {range:?} a trap again: {}", Chain(&error));
+        if self.region.has_hole(range) {
+            log::error!("guest memory has a hole at {range:?}; aborting");
+            std::process::abort();
+        }
+        Err(error.errno().map_or(Errno::NOMEM, Errno::from_raw_os_error))
+    }
+
+    fn wake(&self, range: RegionRange) {
+        if let Err(error) = self.region.wake(range) {
+            log::error!("cannot wake {range:?}: {}", Chain(&error));
+        }
+    }
+}
+
+/// What the mapping thread of one session works with.
+#[derive(Debug)]
+pub(super) struct Mapper {
+    pub channel: Connection<BackendRequest>,
+    pub mappings: Mappings<OwnedFd>,
+    pub surface: Surface,
+}
+
+impl Mapper {
+    /// Starts the thread; it ends with the session.
+    pub(super) fn start(self, link: Arc<Link>) -> Result<JoinHandle<()>> {
+        std::thread::Builder::new()
+            .name("pcow-mapper".into())
+            .spawn(move || self.run(&link))
+            .map_err(|e| Error::io("start the mapping thread", e))
+    }
+
+    fn run(mut self, link: &Link) {
+        loop {
+            if let Err(error) = self.serve_one() {
+                return link.end(error.to_string());
+            }
+        }
+    }
+
+    fn serve_one(&mut self) -> Result<()> {
+        let received = self.channel.recv()?;
+        let code = received.message.code();
+        let reply_wanted = received.reply_wanted;
+        let (status, violation) = match self.carry_out(received) {
+            Ok(()) => (Status::OK, None),
+            Err(Refusal::Status(status)) => (status, None),
+            Err(Refusal::Violation(violation)) => {
+                (Status::from_errno(libc::EINVAL), Some(violation))
+            }
+        };
+        if reply_wanted {
+            self.channel
+                .send(&BackendReply { code, status }.encode(), &[])?;
+        }
+        violation.map_or(Ok(()), |v| {
+            Err(Error::violation(format!("serve {}", code.name()), v))
+        })
+    }
+
+    fn carry_out(
+        &mut self,
+        received: Received<BackendRequest>,
+    ) -> std::result::Result<(), Refusal> {
+        let Received {
+            message,
+            reply_wanted,
+            mut fds,
+        } = received;
+        let surface = &self.surface;
+        let done = match self.mappings.request(&message, reply_wanted)? {
+            MappingAction::Register(register) => {
+                let file = fds
+                    .pop()
+                    .expect("the codec delivers REGISTER_FD with one descriptor");
+                let mode = FileMode {
+                    writable: register.writable(),
+                    sync: register.sync(),
+                };
+                try_scratch(file.as_fd(), mode).map(|()| self.mappings.insert(&register, file))
+            }
+            MappingAction::Forgotten(file) => {
+                drop(file);
+                Ok(())
+            }
+            MappingAction::Map {
+                file,
+                sync,
+                file_offset,
+                range,
+                writable,
+            } => surface.map(
+                file.as_fd(),
+                FileMode { writable, sync },
+                file_offset,
+                range,
+            ),
+            MappingAction::Unmap(range) => surface.unmap(range),
+            MappingAction::Evict(range) => surface.evict(range),
+        };
+        done.map_err(|errno| Refusal::Status(Status::from_errno(errno.raw_os_error())))
+    }
+}
