@@ -1,3 +1,147 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! To be filled.
-fn main() {}
+//! `pcow-backend`: serves a pcow image to a virtual machine monitor.
+//!
+//! This crate joins the image (`pcow-format`) and the wire (`pcow-protocol`): it decides how each touch of the guest is
+//! answered. It knows neither QEMU nor the layout of an image on disk.
+
+#![deny(unsafe_code)]
+
+mod cli;
+mod connection;
+mod disk;
+mod endpoint;
+mod failure;
+mod server;
+mod service;
+mod signals;
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Parser;
+use pcow_format::{Image, Stored};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use cli::Cli;
+use connection::Offer;
+use disk::{Disk, ReadOnlyDisk, WritableDisk};
+use endpoint::Endpoint;
+use failure::{EXIT_USAGE, Failure};
+use server::Server;
+use service::Budgets;
+use signals::Signals;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no errors; a closed standard output is nobody's loss.
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { EXIT_USAGE } else { 0 });
+        }
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_timestamp_millis()
+        .init();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("pcow-backend: {failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    if cli.print_capabilities {
+        println!("{}", cli::capabilities());
+        return Ok(());
+    }
+    let Some(image) = &cli.image else {
+        return Err(Failure::usage("--image is missing"));
+    };
+    let signals =
+        Signals::block().map_err(|e| Failure::new("cannot handle signals").caused_by(&e))?;
+    raise_descriptor_limit();
+    // Everything that can be wrong with the image is wrong before anything is served.
+    let disk = open(image, cli)?;
+    let endpoint = match (&cli.socket, cli.fd) {
+        (Some(path), _) => Endpoint::listen(path)?,
+        (None, Some(fd)) => Endpoint::from_fd(fd)?,
+        (None, None) => return Err(Failure::usage("--socket or --fd is missing")),
+    };
+    let offer = Offer {
+        disk,
+        budgets: Budgets {
+            cache_bytes: cli.cache_size,
+            mappings: cli.max_mappings,
+        },
+        uffd_device: open_uffd_device(),
+        attached: AtomicBool::new(false),
+    };
+    let flush_interval = cli
+        .flush_interval()
+        .filter(|_| !offer.disk.read_only() && !offer.disk.is_dax());
+    let result = Server::new(offer, flush_interval).run(&endpoint, &signals);
+    if let Endpoint::Listening(_, Some(path)) = &endpoint {
+        // Best effort: a stale socket is replaced by the next backend.
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
+    if cli.read_only {
+        let stored = Stored::open(path, &cli.base_dir)?;
+        let disk = ReadOnlyDisk::new(&stored)?;
+        announce(path, &disk);
+        return Ok(Arc::new(disk));
+    }
+    let image = Image::open(path, &cli.base_dir)?;
+    let discarded = image.recovery().discarded_clusters;
+    if discarded > 0 {
+        log::warn!(
+            "{discarded} clusters were written but never flushed before the machine went down; they show their base again"
+        );
+    }
+    let disk = WritableDisk::new(image);
+    announce(path, &disk);
+    Ok(Arc::new(disk))
+}
+
+fn announce(path: &Path, disk: &dyn Disk) {
+    let mode = if disk.read_only() {
+        "read-only"
+    } else {
+        "for writing"
+    };
+    log::info!("serving {} {mode}, {} bytes", path.display(), disk.size());
+    if disk.is_dax() {
+        log::info!("DAX: what the guest flushes is durable");
+    } else if !disk.read_only() {
+        log::info!(
+            "page cache: a crash of a process loses nothing; a power failure loses what was not flushed, \
+             and flushes of a guest through nvdimm do not reach the disk"
+        );
+    }
+}
+
+/// A chain of thousands of layers takes two descriptors for each.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        log::debug!("cannot raise the limit of open files: {e}");
+    }
+}
+
+/// For frontends without the right to open it themselves; without it they use what they may.
+fn open_uffd_device() -> Option<OwnedFd> {
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open("/dev/userfaultfd", flags, rustix::fs::Mode::empty())
+        .inspect_err(|e| log::debug!("cannot open /dev/userfaultfd: {e}"))
+        .ok()
+}

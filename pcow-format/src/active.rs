@@ -254,6 +254,36 @@ impl Active {
         Ok(())
     }
 
+    /// Whether [`Active::ensure_storage`] has nothing left to do for `run`.
+    pub fn has_storage(&self, run: ClusterRange) -> bool {
+        self.ready().all(run)
+    }
+
+    /// Gives back storage that was prepared and not used. The caller sees to it that nothing is allocated meanwhile.
+    ///
+    /// # Errors
+    /// `Io`; only space is lost then.
+    pub fn give_back_prepared(&self) -> Result<()> {
+        let ready = self.ready().runs();
+        for run in ready {
+            let mut start = run.start;
+            let states = self.states(run)?;
+            for group in states.chunk_by(|a, b| a == b) {
+                let piece = ClusterRange::new(start, start + units::bytes(group.len()));
+                if group[0] == State::Absent {
+                    self.ready().set(piece, false);
+                    let range = self.cluster.byte_range(piece);
+                    // I3: absent clusters are shown by nobody, so no order is needed.
+                    self.data
+                        .punch(Site("active.give_back.punch"), range)
+                        .context(|| format!("cannot give back space of layer {}", self.name))?;
+                }
+                start = piece.end;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes everything stored so far durable. Once it has failed it fails for ever (I7).
     ///
     /// # Errors
@@ -531,5 +561,20 @@ impl Bitmap {
             let word = &mut self.0[units::len(c.0 / 64)];
             *word = if value { *word | mask } else { *word & !mask };
         }
+    }
+
+    /// The runs of set bits, none longer than 32,768.
+    fn runs(&self) -> Vec<ClusterRange> {
+        let mut runs: Vec<ClusterRange> = Vec::new();
+        for (i, word) in self.0.iter().enumerate().filter(|(_, w)| **w != 0) {
+            let base = units::bytes(i) * 64;
+            for bit in (0..64).filter(|bit| word & 1 << bit != 0) {
+                match runs.last_mut() {
+                    Some(run) if run.end == base + bit && run.count() < 32 << 10 => run.end += 1,
+                    _ => runs.push(ClusterRange::new(base + bit, base + bit + 1)),
+                }
+            }
+        }
+        runs
     }
 }

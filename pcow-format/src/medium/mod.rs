@@ -3,11 +3,14 @@
 //!
 //! The rest of the crate reaches files only through [`Directory`] and [`File`]. Every call that can change what survives
 //! a crash names its call site, so that an implementation can record, reorder, fail or cut it. [`real`] is the
-//! operating system. This module knows files and names, not layers or clusters.
+//! operating system, `sim` (with the feature of that name) a recording simulation. This module knows files and names, not layers or clusters.
 
 mod dax;
 pub mod real;
+#[cfg(feature = "sim")]
+pub mod sim;
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -97,6 +100,8 @@ pub trait Directory: Debug + Send + Sync {
     fn remove_dir(&self, site: Site, name: &str) -> io::Result<()>;
     /// The directory behind a real implementation, for what is not a durable act (locks, sockets, statistics).
     fn as_real(&self) -> Option<&real::RealDirectory>;
+    /// Itself, so that an implementation can tell whether a [`Directory::link`] stays within it.
+    fn as_any(&self) -> &dyn Any;
 }
 
 /// An open file.

@@ -2,6 +2,7 @@
 //! The operating system's files behind the seam. Content is read and written with `pread` and `pwrite` only, so that a
 //! truncated or poisoned file is an error, never a signal; the one mapping is for the words of a DAX file.
 
+use std::any::Any;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -148,6 +149,10 @@ impl Directory for RealDirectory {
 
     fn as_real(&self) -> Option<&RealDirectory> {
         Some(self)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }
 

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One frontend's connection: its requests on the main channel, from the first to the end of the session.
+//! One bad peer costs one connection.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pcow_protocol::codec::{Connection as Codec, Received};
+use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
+use pcow_protocol::session::{BackendAction, BackendSession};
+use pcow_protocol::uffd::Uffd;
+use pcow_protocol::wire::{
+    FaultFd, FrontendCode, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK, REGION_READ_ONLY,
+    REGION_UFFD_DEVICE, Region,
+};
+use pcow_protocol::{Error, ErrorKind, Result};
+
+use crate::disk::Disk;
+use crate::service::{Budgets, FaultService};
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Offer {
+    /// What is served.
+    pub disk: Arc<dyn Disk>,
+    /// Limits of each session.
+    pub budgets: Budgets,
+    /// An open `/dev/userfaultfd`, for frontends that may not open it themselves.
+    pub uffd_device: Option<OwnedFd>,
+    /// Whether a frontend is attached: there can be one at a time.
+    pub attached: AtomicBool,
+}
+
+impl Offer {
+    fn region(&self) -> Region {
+        let (image, layer) = self.disk.identity();
+        let mut flags = 0;
+        for (flag, set) in [
+            (REGION_READ_ONLY, self.disk.read_only()),
+            (REGION_DAX, self.disk.is_dax()),
+            (REGION_LOCK, self.disk.lock().is_some()),
+            (REGION_UFFD_DEVICE, self.uffd_device.is_some()),
+        ] {
+            if set {
+                flags |= flag;
+            }
+        }
+        Region {
+            size: self.disk.size(),
+            alignment: REGION_ALIGNMENT,
+            flags,
+            reserved: 0,
+            image,
+            layer,
+        }
+    }
+
+    fn region_fds(&self) -> Vec<BorrowedFd<'_>> {
+        let lock = self.disk.lock().map(AsFd::as_fd);
+        let device = self.uffd_device.as_ref().map(AsFd::as_fd);
+        lock.into_iter().chain(device).collect()
+    }
+}
+
+/// A connection, with the fault service once the frontend has attached.
+#[derive(Debug)]
+struct Connection<'a> {
+    offer: &'a Offer,
+    codec: Codec<FrontendRequest>,
+    session: BackendSession,
+    channel: Option<UnixStream>,
+    service: Option<FaultService>,
+}
+
+/// Serves one frontend until either side ends the session. Never fails: what goes wrong is logged.
+pub fn serve(offer: &Offer, stream: UnixStream) {
+    let mut connection = Connection {
+        offer,
+        codec: Codec::new(stream),
+        session: BackendSession::new(offer.disk.size()),
+        channel: None,
+        service: None,
+    };
+    let mut end = connection.run();
+    if let Some(service) = connection.service.take() {
+        if let Some(failure) = service.stop() {
+            end = Err(failure);
+        }
+        detach(offer);
+    }
+    match end {
+        Ok(()) => log::info!("frontend detached"),
+        Err(e) => log::warn!("session ended: {}", chain(&e)),
+    }
+}
+
+fn detach(offer: &Offer) {
+    if let Err(e) = offer.disk.flush() {
+        log::error!("flush at detach: {}", chain(&e));
+    }
+    if let Err(e) = offer.disk.give_back() {
+        log::warn!("{}", chain(&e));
+    }
+    // Release: the next session sees everything that this one did to the disk.
+    offer.attached.store(false, Ordering::Release);
+}
+
+impl Connection<'_> {
+    fn run(&mut self) -> Result<()> {
+        loop {
+            let received = match self.codec.recv() {
+                Ok(received) => received,
+                Err(e) if e.kind() == ErrorKind::Closed => return Ok(()),
+                Err(e) => return Err(e),
+            };
+            self.handle(received)?;
+        }
+    }
+
+    fn handle(&mut self, received: Received<FrontendRequest>) -> Result<()> {
+        log::debug!("{:?}", received.message);
+        let action = self
+            .session
+            .request(&received.message, received.reply_wanted)
+            .map_err(|v| Error::violation("main channel", v))?;
+        match action {
+            BackendAction::Nothing => Ok(()),
+            BackendAction::Reply(reply) => self.reply(&reply),
+            BackendAction::ReplyRegion => {
+                let reply = FrontendReply::Region(self.offer.region());
+                self.codec.send(&reply.encode(), &self.offer.region_fds())
+            }
+            BackendAction::TakeChannel(reply) => {
+                self.channel = Some(UnixStream::from(single_fd(received.fds)?));
+                reply.map_or(Ok(()), |r| self.reply(&r))
+            }
+            BackendAction::Attach(fault_fd) => {
+                let status = self.attach(single_fd(received.fds)?, fault_fd);
+                self.session.attached(status);
+                self.reply(&FrontendReply::Status(FrontendCode::SetFaultFd, status))
+            }
+            BackendAction::Flush => {
+                let status = self.offer.disk.flush().map_or_else(
+                    |e| {
+                        log::error!("{}", chain(&e));
+                        Status::from_errno(libc::EIO)
+                    },
+                    |()| Status::OK,
+                );
+                self.reply(&FrontendReply::Status(FrontendCode::Flush, status))
+            }
+        }
+    }
+
+    fn reply(&self, reply: &FrontendReply) -> Result<()> {
+        self.codec.send(&reply.encode(), &[])
+    }
+
+    fn attach(&mut self, uffd: OwnedFd, fault_fd: FaultFd) -> Status {
+        // Acquire: see `detach`.
+        if self.offer.attached.swap(true, Ordering::Acquire) {
+            log::warn!("a second frontend was refused: one is attached already");
+            return Status::from_errno(libc::EBUSY);
+        }
+        match self.start(uffd, fault_fd) {
+            Ok(service) => {
+                log::info!(
+                    "frontend attached: {} mappings allowed",
+                    fault_fd.mapping_limit
+                );
+                self.service = Some(service);
+                Status::OK
+            }
+            Err(e) => {
+                log::error!("frontend not attached: {}", chain(&e));
+                self.offer.attached.store(false, Ordering::Release);
+                Status::from_errno(e.errno().unwrap_or(libc::EIO))
+            }
+        }
+    }
+
+    fn start(&mut self, uffd: OwnedFd, fault_fd: FaultFd) -> Result<FaultService> {
+        let channel = self
+            .channel
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::Io, "there is no backend channel"))?;
+        let duplicate = |s: &UnixStream| {
+            s.try_clone()
+                .map_err(|e| Error::io("duplicate a socket", e))
+        };
+        FaultService::start(
+            Arc::clone(&self.offer.disk),
+            duplicate(self.codec.stream())?,
+            duplicate(channel)?,
+            (Uffd::from_peer(uffd)?, fault_fd),
+            self.offer.budgets,
+        )
+    }
+}
+
+/// The codec has checked that there is exactly one.
+fn single_fd(fds: impl IntoIterator<Item = OwnedFd>) -> Result<OwnedFd> {
+    fds.into_iter()
+        .next()
+        .ok_or_else(|| Error::new(ErrorKind::Io, "a file descriptor is missing"))
+}
+
+/// An error and its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        text = format!("{text}: {e}");
+        cause = e.source();
+    }
+    text
+}

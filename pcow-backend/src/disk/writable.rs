@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An image held for writing, as the fault service sees it.
+
+use std::ops::Range;
+
+use pcow_format::medium::{Domain, File};
+use pcow_format::{Cluster, ClusterRange, ClusterSize, Image, Result, Source};
+
+use super::{Access, Answer, Disk, FileKey, Scratch};
+use crate::service::board::Claim;
+
+/// Read copies are made in pieces of this size, or of a cluster if that is smaller.
+const MAX_UNIT_BYTES: u64 = 64 << 10;
+/// How far around a fault data is looked for that can be mapped with it.
+const RUN_BYTES: u64 = 128 << 20;
+/// At most so many clusters on each side: the map is read in one piece of 1 KiB.
+const RUN_CLUSTERS: u64 = 2048;
+/// Storage of existing data is looked after in pieces of this size: giving shared blocks an own copy takes time.
+const STORAGE_BYTES: u64 = 2 << 20;
+
+/// The image.
+#[derive(Debug)]
+pub struct WritableDisk {
+    image: Image,
+}
+
+impl WritableDisk {
+    /// Serves `image`.
+    pub fn new(image: Image) -> Self {
+        Self { image }
+    }
+
+    fn cluster_size(&self) -> ClusterSize {
+        self.image.cluster_size()
+    }
+
+    fn cluster_count(&self) -> u64 {
+        self.cluster_size()
+            .clusters_in(self.image.virtual_size().bytes())
+    }
+
+    /// `claim` grown over `run` as far as nobody else is at work there, in clusters.
+    fn claim_run(&self, claim: &mut Claim, run: ClusterRange) -> ClusterRange {
+        let claimed = claim.extend(self.cluster_size().byte_range(run));
+        self.cluster_size().covering(&claimed)
+    }
+
+    fn map_data(&self, cluster: Cluster, claim: &mut Claim) -> Result<Answer> {
+        let reach = (RUN_BYTES >> self.cluster_size().bits()).clamp(1, RUN_CLUSTERS);
+        let bounds = ClusterRange::new(
+            cluster.0.saturating_sub(reach),
+            (cluster.0 + reach).min(self.cluster_count()),
+        );
+        let run = self.image.active().data_run(cluster, bounds)?;
+        let mut run = self.claim_run(claim, run);
+        if !self.image.active().has_storage(run) {
+            let block = self.block_around(cluster);
+            run = ClusterRange::new(run.start.max(block.start), run.end.min(block.end));
+            self.image.active().ensure_storage(run)?;
+        }
+        Ok(self.mapping(run))
+    }
+
+    fn block_around(&self, cluster: Cluster) -> ClusterRange {
+        let per_block = STORAGE_BYTES >> self.cluster_size().bits();
+        let start = cluster.0 / per_block * per_block;
+        ClusterRange::new(start, start + per_block)
+    }
+
+    /// The clusters of the allocation unit around `cluster` that can be allocated with it.
+    fn allocatable(&self, cluster: Cluster) -> Result<ClusterRange> {
+        let unit = self.image.allocation_run(cluster);
+        let sources = self.image.sources(unit)?;
+        let free = |c: &Cluster| {
+            usize::try_from(c.0 - unit.start).is_ok_and(|i| sources[i] == Source::Nobody)
+        };
+        let after = (cluster.0..unit.end).map(Cluster).take_while(free).last();
+        let before = (unit.start..cluster.0)
+            .rev()
+            .map(Cluster)
+            .take_while(free)
+            .last();
+        Ok(ClusterRange::new(
+            before.unwrap_or(cluster).0,
+            after.unwrap_or(cluster).0 + 1,
+        ))
+    }
+
+    fn make_writable(
+        &self,
+        cluster: Cluster,
+        source: Source,
+        claim: &mut Claim,
+        scratch: &mut Scratch,
+    ) -> Result<Answer> {
+        let run = if source == Source::Nobody {
+            let run = self.allocatable(cluster)?;
+            self.claim_run(claim, run)
+        } else {
+            cluster.only()
+        };
+        self.image.make_writable(run, &mut scratch.layer)?;
+        Ok(self.mapping(run))
+    }
+
+    fn mapping(&self, run: ClusterRange) -> Answer {
+        Answer::Map {
+            bytes: self.cluster_size().byte_range(run),
+            file: FileKey::Active,
+        }
+    }
+}
+
+impl Disk for WritableDisk {
+    fn size(&self) -> u64 {
+        self.image.virtual_size().bytes()
+    }
+
+    fn unit(&self) -> u64 {
+        self.cluster_size().bytes().min(MAX_UNIT_BYTES)
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn is_dax(&self) -> bool {
+        self.image.domain() == Domain::Dax
+    }
+
+    fn identity(&self) -> ([u8; 16], [u8; 16]) {
+        let root = self.image.root();
+        (root.uuid.into_bytes(), root.active.into_bytes())
+    }
+
+    fn lock(&self) -> Option<&std::fs::File> {
+        self.image.lock().map(pcow_format::ImageLock::in_use)
+    }
+
+    fn scope(&self, offset: u64) -> Range<u64> {
+        let cluster = self.cluster_size().cluster_at(offset);
+        self.cluster_size().byte_range(cluster.only())
+    }
+
+    fn resolve(
+        &self,
+        offset: u64,
+        access: Access,
+        claim: &mut Claim,
+        scratch: &mut Scratch,
+    ) -> Result<Answer> {
+        let cluster = self.cluster_size().cluster_at(offset);
+        match (self.image.source(cluster)?, access) {
+            (Source::Active, _) => self.map_data(cluster, claim),
+            (source, Access::Write) => self.make_writable(cluster, source, claim, scratch),
+            (_, Access::Read) => {
+                let start = offset / self.unit() * self.unit();
+                Ok(Answer::Copy(start..start + self.unit()))
+            }
+        }
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.image.read(offset, buf)
+    }
+
+    fn file(&self, _: FileKey) -> &dyn File {
+        self.image.active().data_file()
+    }
+
+    fn mappable_bytes(&self, _: FileKey) -> u64 {
+        self.size()
+    }
+
+    fn prepare(&self, bytes: Range<u64>) -> Result<()> {
+        let run = self.cluster_size().covering(&bytes);
+        let mut start = run.start;
+        for group in self.image.sources(run)?.chunk_by(|a, b| a == b) {
+            let end = start + u64::try_from(group.len()).unwrap_or(u64::MAX);
+            if group[0] == Source::Nobody {
+                self.image.active().prepare(ClusterRange::new(start, end))?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn give_back(&self) -> Result<()> {
+        self.image.active().give_back_prepared()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.image.flush()
+    }
+}

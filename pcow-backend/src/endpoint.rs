@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where frontends come from: a path to listen on, or a descriptor that was handed down.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use rustix::net::sockopt::socket_acceptconn;
+use vhost::vhost_user::Listener;
+
+use crate::failure::Failure;
+
+/// Longest socket path that the kernel takes, in bytes (unix(7)).
+const MAX_PATH_BYTES: usize = 107;
+
+/// Where frontends come from.
+pub enum Endpoint {
+    /// A socket that accepts one connection after the other; the path is removed at the end.
+    Listening(Listener, Option<PathBuf>),
+    /// One connection that exists already.
+    Connected(UnixStream),
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Endpoint::Listening(_, path) => f.debug_tuple("Listening").field(path).finish(),
+            Endpoint::Connected(stream) => f.debug_tuple("Connected").field(stream).finish(),
+        }
+    }
+}
+
+impl Endpoint {
+    /// Listens on `path`. A socket file that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// `Usage` if the path is too long or taken.
+    pub fn listen(path: &Path) -> Result<Self, Failure> {
+        let bytes = path.as_os_str().len();
+        if bytes > MAX_PATH_BYTES {
+            return Err(Failure::usage(format!(
+                "the socket path {} has {bytes} bytes, the kernel takes {MAX_PATH_BYTES}; choose a shorter one",
+                path.display()
+            )));
+        }
+        remove_stale(path)?;
+        let listener = Listener::new(path, false)
+            .and_then(|l| l.set_nonblocking(true).map(|()| l))
+            .map_err(|e| {
+                Failure::new(format!("cannot listen on {}", path.display())).caused_by(&e)
+            })?;
+        Ok(Self::Listening(listener, Some(path.to_owned())))
+    }
+
+    /// Takes the descriptor `fd`, a listening or a connected socket.
+    ///
+    /// # Errors
+    /// `Usage` if it is no open stream socket.
+    pub fn from_fd(fd: RawFd) -> Result<Self, Failure> {
+        let bad = |e: io::Error| Failure::usage(format!("--fd {fd} is no socket")).caused_by(&e);
+        // SAFETY: F_GETFD only looks the number up; a number that is not open is an error.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            return Err(bad(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is open (above), was handed down for this use with --fd, and is taken once.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let listening = socket_acceptconn(fd.as_fd()).map_err(|e| bad(e.into()))?;
+        if !listening {
+            return Ok(Self::Connected(UnixStream::from(fd)));
+        }
+        use std::os::fd::IntoRawFd;
+        // SAFETY: `fd` is an open listening socket, and its ownership moves here.
+        let listener = unsafe { Listener::from_raw_fd(fd.into_raw_fd()) };
+        listener
+            .set_nonblocking(true)
+            .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
+        Ok(Self::Listening(listener, None))
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), Failure> {
+    let Ok(meta) = path.symlink_metadata() else {
+        return Ok(());
+    };
+    if !meta.file_type().is_socket() {
+        let what = format!(
+            "{} exists and is no socket; choose another path",
+            path.display()
+        );
+        return Err(Failure::usage(what));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            log::info!("replacing the stale socket {}", path.display());
+            std::fs::remove_file(path).map_err(|e| {
+                Failure::new(format!("cannot replace {}", path.display())).caused_by(&e)
+            })
+        }
+        _ => Err(Failure::usage(format!(
+            "a process already listens on {}; stop it or choose another path",
+            path.display()
+        ))),
+    }
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The daemon: accepts frontends, flushes at intervals, ends cleanly.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use crate::connection::{self, Offer, chain};
+use crate::endpoint::Endpoint;
+use crate::failure::Failure;
+use crate::signals::Signals;
+
+/// Connections at a time: one frontend, and others that find that out.
+const MAX_CONNECTIONS: usize = 16;
+
+/// A running connection.
+#[derive(Debug)]
+struct Running {
+    /// Shut down to end it.
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Server {
+    offer: Arc<Offer>,
+    flush_interval: Option<Duration>,
+    running: Mutex<Vec<Running>>,
+}
+
+impl Server {
+    /// A daemon for `offer`.
+    pub fn new(offer: Offer, flush_interval: Option<Duration>) -> Self {
+        Self {
+            offer: Arc::new(offer),
+            flush_interval,
+            running: Mutex::default(),
+        }
+    }
+
+    /// Serves frontends from `endpoint` until a signal comes, or the only connection ends.
+    ///
+    /// # Errors
+    /// If waiting fails, or what was written cannot be flushed at the end.
+    pub fn run(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
+        if let Endpoint::Connected(stream) = endpoint {
+            let stream = stream
+                .try_clone()
+                .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
+            self.connect(stream)?;
+        }
+        self.serve(endpoint, signals)?;
+        self.finish()
+    }
+
+    fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
+        let mut next_flush = self.flush_interval.map(|i| Instant::now() + i);
+        loop {
+            let woken = wait(endpoint, signals, next_flush)?;
+            if woken.signal {
+                log::info!("{}: ending", signals.take());
+                if self.offer.attached.load(Ordering::Relaxed) {
+                    log::warn!(
+                        "a frontend is attached: memory that it has not touched yet will wait for the next backend"
+                    );
+                }
+                return Ok(());
+            }
+            if let (true, Endpoint::Listening(listener, _)) = (woken.listener, endpoint) {
+                match listener.accept() {
+                    Ok(Some(stream)) => self.connect(stream)?,
+                    Ok(None) => {}
+                    Err(e) => log::warn!("cannot accept a connection: {}", chain(&e)),
+                }
+            }
+            if next_flush.is_some_and(|t| t <= Instant::now()) {
+                self.flush();
+                next_flush = self.flush_interval.map(|i| Instant::now() + i);
+            }
+            let left = self.reap();
+            if left == 0 && matches!(endpoint, Endpoint::Connected(_)) {
+                return Ok(());
+            }
+        }
+    }
+
+    fn connect(&self, stream: UnixStream) -> Result<(), Failure> {
+        if self.reap() >= MAX_CONNECTIONS {
+            log::warn!("a connection was refused: there are {MAX_CONNECTIONS} already");
+            return Ok(());
+        }
+        let to_end = stream
+            .try_clone()
+            .map_err(|e| Failure::new("cannot duplicate a socket").caused_by(&e))?;
+        let offer = Arc::clone(&self.offer);
+        let thread = std::thread::Builder::new()
+            .name("frontend".into())
+            .spawn(move || connection::serve(&offer, stream))
+            .map_err(|e| Failure::new("cannot start a thread").caused_by(&e))?;
+        self.lock().push(Running {
+            stream: to_end,
+            thread,
+        });
+        Ok(())
+    }
+
+    /// Forgets connections that have ended; returns how many are left.
+    fn reap(&self) -> usize {
+        let mut running = self.lock();
+        running.retain(|r| !r.thread.is_finished());
+        running.len()
+    }
+
+    fn flush(&self) {
+        if !self.offer.attached.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(e) = self.offer.disk.flush() {
+            log::error!("{}", chain(&e));
+        }
+    }
+
+    /// Ends all sessions, then makes everything durable.
+    fn finish(&self) -> Result<(), Failure> {
+        for running in self.lock().drain(..) {
+            // It may have ended by itself.
+            let _ = running.stream.shutdown(std::net::Shutdown::Both);
+            if running.thread.join().is_err() {
+                log::error!("a connection's thread panicked");
+            }
+        }
+        self.offer.disk.flush()?;
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Woken {
+    listener: bool,
+    signal: bool,
+}
+
+/// Waits for a connection, a signal, or the time to flush. Ended connections are noticed at least once a second.
+fn wait(
+    endpoint: &Endpoint,
+    signals: &Signals,
+    next_flush: Option<Instant>,
+) -> Result<Woken, Failure> {
+    let patience = next_flush.map_or(Duration::from_secs(1), |t| {
+        t.saturating_duration_since(Instant::now())
+            .min(Duration::from_secs(1))
+    });
+    let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
+    let mut fds = vec![signal];
+    if let Endpoint::Listening(listener, _) = endpoint {
+        fds.push(PollFd::from_borrowed_fd(
+            listener_fd(listener),
+            PollFlags::IN,
+        ));
+    }
+    match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(e) => return Err(Failure::new("cannot wait for frontends").caused_by(&e)),
+    }
+    Ok(Woken {
+        signal: !fds[0].revents().is_empty(),
+        listener: fds.get(1).is_some_and(|f| !f.revents().is_empty()),
+    })
+}
+
+#[allow(unsafe_code)]
+fn listener_fd(listener: &vhost::vhost_user::Listener) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as the listener, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(listener.as_raw_fd()) }
+}

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The backend channel with what the service knows of the frontend's side: slots, mapped runs, answers to come.
+//!
+//! What is noted here and what is sent change together under one lock, so that the notes are in the order of the
+//! channel, which is the order in which the frontend acts.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pcow_format::medium::Domain;
+use pcow_protocol::codec::{Outbox, Sent};
+use pcow_protocol::message::{BackendReply, BackendRequest, Map, RegionRange};
+use pcow_protocol::wire::{REGISTER_SYNC, REGISTER_WRITABLE, Register};
+use pcow_protocol::{Error, ErrorKind, Result};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::mappings::Mappings;
+use crate::disk::{Disk, FileKey};
+
+const SLOTS: usize = 256;
+
+/// What an answer of the frontend speaks of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    /// A file was registered or forgotten.
+    Slot,
+    /// These bytes were mapped.
+    Mapped(Range<u64>),
+    /// A run was unmapped.
+    Unmapped,
+    /// A read copy was evicted.
+    Evicted,
+}
+
+#[derive(Debug)]
+struct Notes {
+    mappings: Mappings,
+    /// Files by slot, with the most recently used last.
+    slots: VecDeque<(u8, FileKey)>,
+    /// MAPs that the frontend has not confirmed yet.
+    unconfirmed: Vec<Range<u64>>,
+}
+
+/// The sending side of one session's backend channel.
+#[derive(Debug)]
+pub struct Channel {
+    outbox: Outbox<Asked>,
+    notes: Mutex<Notes>,
+    kick: std::os::fd::OwnedFd,
+}
+
+impl Channel {
+    /// A channel over `socket` to a frontend that allows `mapping_limit` mappings.
+    ///
+    /// # Errors
+    /// `Io` if there is no descriptor left.
+    pub fn new(socket: UnixStream, mapping_limit: u32) -> Result<Self> {
+        let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| Error::io("create an eventfd", e))?;
+        Ok(Self {
+            outbox: Outbox::new(socket),
+            notes: Mutex::new(Notes {
+                mappings: Mappings::new(mapping_limit),
+                slots: VecDeque::new(),
+                unconfirmed: Vec::new(),
+            }),
+            kick,
+        })
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &UnixStream {
+        self.outbox.socket()
+    }
+
+    /// Becomes readable when [`Channel::kick`] was called.
+    pub fn kicked(&self) -> impl AsFd + '_ {
+        &self.kick
+    }
+
+    /// Makes the leader look again.
+    pub fn kick(&self) {
+        // The counter cannot overflow; and an eventfd that is readable already does its work.
+        let _ = rustix::io::write(&self.kick, &1_u64.to_ne_bytes());
+    }
+
+    /// Takes a kick back.
+    pub fn clear_kick(&self) {
+        // EAGAIN: somebody else was faster.
+        let _ = rustix::io::read(&self.kick, &mut [0; 8]);
+    }
+
+    /// Whether messages wait for the socket to take them.
+    pub fn is_waiting(&self) -> bool {
+        self.outbox.is_waiting()
+    }
+
+    /// Sends what waits.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn flush(&self) -> Result<()> {
+        self.outbox.flush().map(drop)
+    }
+
+    /// Whether the byte at `offset` is mapped, and whether the frontend has confirmed that.
+    pub fn mapped(&self, offset: u64) -> Mapped {
+        let notes = self.notes();
+        if !notes.mappings.covers(offset) {
+            Mapped::No
+        } else if notes.unconfirmed.iter().any(|r| r.contains(&offset)) {
+            Mapped::Ordered
+        } else {
+            Mapped::Yes
+        }
+    }
+
+    /// Orders the part of `bytes` around `offset` that is not mapped yet to be mapped.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn map(
+        &self,
+        disk: &dyn Disk,
+        file: FileKey,
+        bytes: &Range<u64>,
+        offset: u64,
+    ) -> Result<()> {
+        let mut notes = self.notes();
+        let slot = self.slot(&mut notes, disk, file)?;
+        let gap = notes.mappings.gap_around(offset, bytes);
+        notes.mappings.insert(gap.clone(), file);
+        notes.unconfirmed.push(gap.clone());
+        let request = BackendRequest::Map(Map {
+            slot,
+            file_offset: gap.start,
+            range: region_range(&gap),
+            writable: !disk.read_only(),
+        });
+        self.send(&request, None, Asked::Mapped(gap))
+    }
+
+    /// A run that must go before another one can come, if the budget is used up.
+    pub fn victim(&self) -> Option<Range<u64>> {
+        let mut notes = self.notes();
+        if !notes.mappings.is_full() {
+            return None;
+        }
+        notes.mappings.victim()
+    }
+
+    /// Orders `bytes`, which the caller has claimed, to become trap again.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn unmap(&self, bytes: &Range<u64>) -> Result<()> {
+        let mut notes = self.notes();
+        notes.mappings.remove(bytes);
+        self.send(
+            &BackendRequest::Unmap(region_range(bytes)),
+            None,
+            Asked::Unmapped,
+        )
+    }
+
+    /// Orders the read copies in `bytes`, which the caller has claimed, to be given up.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn evict(&self, bytes: &Range<u64>) -> Result<()> {
+        // The lock keeps the order between what is noted and what is sent, as everywhere here.
+        let _notes = self.notes();
+        self.send(
+            &BackendRequest::Evict(region_range(bytes)),
+            None,
+            Asked::Evicted,
+        )
+    }
+
+    /// Registers `file` ahead of its first use.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn register(&self, disk: &dyn Disk, file: FileKey) -> Result<()> {
+        self.slot(&mut self.notes(), disk, file).map(drop)
+    }
+
+    /// What `reply` answers.
+    ///
+    /// # Errors
+    /// It answers nothing: the session is over.
+    pub fn answered(&self, reply: &BackendReply) -> Result<Asked> {
+        let asked = self.outbox.answered(reply)?;
+        if let Asked::Mapped(bytes) = &asked {
+            let mut notes = self.notes();
+            // Answers come in the order of the requests.
+            if let Some(i) = notes.unconfirmed.iter().position(|r| r == bytes) {
+                notes.unconfirmed.remove(i);
+            }
+            if reply.status.errno().is_some() {
+                // The frontend has put the trap back, so the next touch is a fault again.
+                notes.mappings.remove(bytes);
+                notes.mappings.shrink_budget();
+            }
+        }
+        Ok(asked)
+    }
+
+    /// How many runs are mapped.
+    pub fn run_count(&self) -> usize {
+        self.notes().mappings.count()
+    }
+
+    fn slot(&self, notes: &mut Notes, disk: &dyn Disk, file: FileKey) -> Result<u8> {
+        if let Some(i) = notes.slots.iter().position(|(_, f)| *f == file) {
+            let used = notes.slots.remove(i).unwrap_or((0, file));
+            notes.slots.push_back(used);
+            return Ok(used.0);
+        }
+        let slot = self.free_slot(notes)?;
+        let source = disk.file(file);
+        let sync = source.domain().is_ok_and(|d| d == Domain::Dax);
+        let mut flags = if sync { REGISTER_SYNC } else { 0 };
+        if !disk.read_only() {
+            flags |= REGISTER_WRITABLE;
+        }
+        let fd = source
+            .as_real()
+            .ok_or_else(|| Error::new(ErrorKind::Io, "the image is not on a real filesystem"))?;
+        let register = Register {
+            slot: slot.into(),
+            flags,
+            length: disk.mappable_bytes(file),
+        };
+        self.send(&BackendRequest::RegisterFd(register), Some(fd), Asked::Slot)?;
+        notes.slots.push_back((slot, file));
+        Ok(slot)
+    }
+
+    fn free_slot(&self, notes: &mut Notes) -> Result<u8> {
+        if notes.slots.len() < SLOTS {
+            return u8::try_from(notes.slots.len())
+                .map_err(|e| Error::io("choose a slot", std::io::Error::other(e)));
+        }
+        let (slot, _) = notes.slots.pop_front().unwrap_or((0, FileKey::Active));
+        self.send(&BackendRequest::ForgetFd(slot.into()), None, Asked::Slot)?;
+        Ok(slot)
+    }
+
+    fn send(
+        &self,
+        request: &BackendRequest,
+        fd: Option<&std::fs::File>,
+        asked: Asked,
+    ) -> Result<()> {
+        if self
+            .outbox
+            .send(request, fd.map(AsFd::as_fd), Some(asked))?
+            == Sent::Later
+        {
+            self.kick();
+        }
+        Ok(())
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        // A panic between noting and sending ends the process's session anyway.
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a place is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapped {
+    /// No.
+    No,
+    /// MAP was sent; its wake-up is still to come.
+    Ordered,
+    /// Yes.
+    Yes,
+}
+
+fn region_range(bytes: &Range<u64>) -> RegionRange {
+    RegionRange {
+        offset: bytes.start,
+        len: bytes.end - bytes.start,
+    }
+}

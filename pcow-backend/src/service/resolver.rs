@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One fault, from the look-up to its answer, inside its claim (F1).
+
+use std::ops::Range;
+
+use pcow_protocol::uffd::{CopyMode, CopyOutcome};
+use pcow_protocol::{Error, ErrorKind, Result};
+
+use super::board::{Claim, Duty, Fault};
+use super::channel::Mapped;
+use super::leader::Leader;
+use super::{Counters, Shared};
+use crate::disk::{Access, Answer, FileKey, Scratch};
+
+const PAGE_BYTES: usize = 4096;
+/// How many runs may be found busy before the budget is overdrawn by one.
+const MAX_BUSY_VICTIMS: usize = 8;
+
+/// The work of one thread of the crew, until the session ends.
+pub(super) fn work(shared: &Shared, leader: &Leader) {
+    let scope = |offset| shared.disk.scope(offset);
+    let mut scratch = Scratch::default();
+    loop {
+        let job = match shared.board.next_duty(&scope) {
+            Duty::Lead => leader.lead(),
+            Duty::Resolve(fault, claim) => Some((fault, claim)),
+            Duty::Stop => return,
+        };
+        if let Some((fault, claim)) = job {
+            let mut resolver = Resolver {
+                shared,
+                fault,
+                claim,
+            };
+            if let Err(e) = resolver.resolve(&mut scratch) {
+                shared.end((e.kind() != ErrorKind::Closed).then_some(e));
+            }
+        }
+    }
+}
+
+struct Resolver<'a> {
+    shared: &'a Shared,
+    fault: Fault,
+    claim: Claim,
+}
+
+impl Resolver<'_> {
+    fn resolve(&mut self, scratch: &mut Scratch) -> Result<()> {
+        let s = self.shared;
+        match s.channel.mapped(self.fault.offset) {
+            Mapped::No => {}
+            // The wake-up that comes with the mapping is still ahead of the waiting thread.
+            Mapped::Ordered => return Ok(()),
+            // The event is older than the mapping; a wake-up too many does no harm.
+            Mapped::Yes => return self.wake(),
+        }
+        let answer = s.disk.resolve(
+            self.fault.offset,
+            self.fault.access,
+            &mut self.claim,
+            scratch,
+        );
+        match answer {
+            Ok(Answer::Map { bytes, file }) => self.map(&bytes, file),
+            Ok(Answer::Copy(bytes)) => self.copy(&bytes, scratch),
+            Err(e) => {
+                self.stall(&e);
+                Ok(())
+            }
+        }
+    }
+
+    fn map(&mut self, bytes: &Range<u64>, file: FileKey) -> Result<()> {
+        let s = self.shared;
+        self.make_room_for_a_run()?;
+        s.channel
+            .map(s.disk.as_ref(), file, bytes, self.fault.offset)?;
+        Counters::add(&s.counters.maps);
+        if self.fault.access == Access::Write {
+            s.preparer.allocated(bytes);
+        }
+        self.resolved();
+        Ok(())
+    }
+
+    fn make_room_for_a_run(&self) -> Result<()> {
+        let s = self.shared;
+        for _ in 0..MAX_BUSY_VICTIMS {
+            let Some(victim) = s.channel.victim() else {
+                break;
+            };
+            if let Some(_claim) = s.board.try_claim(victim.clone()) {
+                s.channel.unmap(&victim)?;
+                Counters::add(&s.counters.unmaps);
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, bytes: &Range<u64>, scratch: &mut Scratch) -> Result<()> {
+        let s = self.shared;
+        if !self.admit(bytes)? {
+            return Ok(());
+        }
+        let buf = &mut scratch.copy;
+        buf.resize(usize_of(bytes.end - bytes.start), 0);
+        if let Err(e) = s.disk.read(bytes.start, buf) {
+            s.copies.forget(bytes);
+            self.stall(&e);
+            return Ok(());
+        }
+        if self.install(bytes.start, buf)? {
+            Counters::add(&s.counters.copies);
+            self.resolved();
+        } else {
+            s.copies.forget(bytes);
+        }
+        Ok(())
+    }
+
+    /// Waits until there is room for the read copy; false if the session ends first.
+    fn admit(&self, bytes: &Range<u64>) -> Result<bool> {
+        let s = self.shared;
+        while !s.copies.admit(bytes.start) {
+            self.evict_some()?;
+            s.copies.wait();
+            if s.board.is_stopping() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn evict_some(&self) -> Result<()> {
+        let s = self.shared;
+        for victim in s.copies.victims() {
+            if let Some(_claim) = s.board.try_claim(victim.clone()) {
+                s.channel.evict(&victim)?;
+                Counters::add(&s.counters.evictions);
+            } else {
+                s.copies.stays(&victim);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the bytes of `buf` at `start`; false if the place must be looked up again or the peer is gone.
+    fn install(&self, start: u64, buf: &[u8]) -> Result<bool> {
+        let s = self.shared;
+        let mode = CopyMode {
+            write_protect: !s.disk.read_only(),
+            dont_wake: false,
+        };
+        let mut done = 0;
+        let mut skipped = false;
+        while done < buf.len() {
+            let to = s.base + start + u64_of(done);
+            match s.uffd.copy(to, &buf[done..], mode)? {
+                CopyOutcome::Done => done = buf.len(),
+                CopyOutcome::Partial(bytes) => done += usize_of(bytes),
+                // That page came with an earlier copy that was cut short; whoever waits for it is woken below.
+                CopyOutcome::Exists => {
+                    done += PAGE_BYTES;
+                    skipped = true;
+                }
+                // What was read may be stale by now (F3): the fault comes again with all its consequences.
+                CopyOutcome::Again => {
+                    s.board.post(self.fault);
+                    return Ok(false);
+                }
+                CopyOutcome::NoMemory => self.evict_some()?,
+                CopyOutcome::NoEntry => {
+                    return Err(Error::io(
+                        "copy outside of the trap",
+                        rustix::io::Errno::NOENT,
+                    ));
+                }
+                CopyOutcome::Gone => {
+                    return Err(Error::new(ErrorKind::Closed, "the frontend's memory"));
+                }
+            }
+            if s.board.is_stopping() {
+                return Ok(false);
+            }
+        }
+        if skipped {
+            self.wake()?;
+        }
+        Ok(true)
+    }
+
+    fn wake(&self) -> Result<()> {
+        let s = self.shared;
+        let unit = s.disk.unit();
+        let start = self.fault.offset / unit * unit;
+        s.uffd.wake(s.base + start, unit)
+    }
+
+    /// The guest waits: never wrong bytes, never an error that it cannot handle.
+    fn stall(&self, error: &pcow_format::Error) {
+        let s = self.shared;
+        if s.board.stall(self.fault) {
+            let cause =
+                std::error::Error::source(error).map_or(String::new(), |c| format!(": {c}"));
+            let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
+            log::error!(
+                "the guest waits at offset {:#x}: {error}{cause}{advice}",
+                self.fault.offset
+            );
+        }
+        // The leader polls without a time limit unless it knows that something is stalled.
+        s.channel.kick();
+    }
+
+    fn resolved(&self) {
+        if self.shared.board.recovered(self.fault.offset) {
+            log::warn!(
+                "the guest goes on: what it waited for at offset {:#x} is there",
+                self.fault.offset
+            );
+        }
+    }
+}
+
+fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a piece of at most one unit fits the address space")
+}
+
+fn u64_of(bytes: usize) -> u64 {
+    u64::try_from(bytes).expect("usize is at most 64 bits")
+}

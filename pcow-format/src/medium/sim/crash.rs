@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a crash can leave of a simulated filesystem: the choices that a power cut makes, and the result of making them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::state::{
+    Content, DirectoryNode, FileNode, Inode, Node, PAGE_BYTES, State, TOP, Versions, WORD_BYTES,
+    content, raw,
+};
+use super::{Act, Settings, Sim};
+use crate::medium::Domain;
+
+/// What a power cut decides by itself, independently of every other choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Undecided {
+    /// M4: which length a file has.
+    Length,
+    /// M2: which version of a page was written back last.
+    Page(u64),
+    /// M8: which version of an aligned word (at this offset of a page) reached the medium.
+    Word(u64, usize),
+    /// M5: whether a change of names in a directory is kept, if those that it rests on are.
+    Name(usize),
+}
+
+/// One thing that a power cut decides.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice {
+    inode: Inode,
+    what: Undecided,
+    options: usize,
+}
+
+impl Choice {
+    /// How many outcomes there are: 0 is the oldest, the last one the newest.
+    pub fn options(&self) -> usize {
+        self.options
+    }
+}
+
+/// A filesystem right after an act.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    act: Act,
+    state: State,
+    settings: Arc<Settings>,
+}
+
+impl Moment {
+    pub(super) fn new(act: Act, state: State, settings: Arc<Settings>) -> Self {
+        Self {
+            act,
+            state,
+            settings,
+        }
+    }
+
+    /// The act that has just happened.
+    pub fn act(&self) -> &Act {
+        &self.act
+    }
+
+    /// The filesystem after the death of all processes: everything is as it was (M1).
+    pub fn process_death(&self) -> Sim {
+        Sim::with(self.state.clone(), Arc::clone(&self.settings))
+    }
+
+    /// Everything that a power cut now would decide.
+    pub fn choices(&self) -> Vec<Choice> {
+        let mut choices = Vec::new();
+        for inode in self.state.reachable() {
+            let mut add = |what, options| {
+                choices.push(Choice {
+                    inode,
+                    what,
+                    options,
+                });
+            };
+            match self.state.node(inode) {
+                Node::File(file) => file_choices(file, self.settings.domain, &mut add),
+                Node::Directory(directory) => {
+                    (0..directory.pending.len()).for_each(|i| add(Undecided::Name(i), 2));
+                }
+            }
+        }
+        choices
+    }
+
+    /// The filesystem after a power cut; `picks` has an outcome for each of [`Moment::choices`].
+    pub fn power_cut(&self, choices: &[Choice], picks: &[usize]) -> Sim {
+        let mut decided: BTreeMap<Inode, Decisions> = BTreeMap::new();
+        for (choice, pick) in choices.iter().zip(picks) {
+            let of_inode = decided.entry(choice.inode).or_default();
+            of_inode.insert(choice.what, *pick);
+        }
+        let state = self.state.map_reachable(|inode, node| match node {
+            Node::File(file) if file.is_settled() => None,
+            Node::File(file) => {
+                let decisions = decided.remove(&inode).unwrap_or_default();
+                Some(Node::File(cut_file(file, &decisions)))
+            }
+            Node::Directory(directory) => {
+                let decisions = decided.remove(&inode).unwrap_or_default();
+                Some(Node::Directory(cut_directory(directory, &decisions)))
+            }
+        });
+        Sim::with(state, Arc::clone(&self.settings))
+    }
+
+    /// What `pick` means, for people.
+    pub fn describe(&self, choice: &Choice, pick: usize) -> String {
+        let name = self.path_of(choice.inode);
+        let version = format!("version {pick} of 0 to {}", choice.options - 1);
+        match choice.what {
+            Undecided::Length => format!("{name}: length, {version}"),
+            Undecided::Page(page) => format!("{name}: page {page}, {version}"),
+            Undecided::Word(page, at) => format!("{name}: page {page} byte {at}, {version}"),
+            Undecided::Name(i) => {
+                let changes = &self.state.directory(choice.inode).pending[i].0;
+                let kept = if pick == 0 { "lost" } else { "kept" };
+                let one = |(name, inode): &(String, Option<Inode>)| match inode {
+                    Some(_) => format!("+{name}"),
+                    None => format!("-{name}"),
+                };
+                let changes: Vec<_> = changes.iter().map(one).collect();
+                format!("{name}: {}, {kept}", changes.join(" "))
+            }
+        }
+    }
+
+    fn path_of(&self, wanted: Inode) -> String {
+        let mut open = vec![(TOP, String::new())];
+        while let Some((inode, path)) = open.pop() {
+            if inode == wanted {
+                return if path.is_empty() { "/".into() } else { path };
+            }
+            if let Node::Directory(directory) = self.state.node(inode) {
+                let below = directory.now.iter();
+                open.extend(below.map(|(name, i)| (*i, format!("{path}/{name}"))));
+            }
+        }
+        format!("removed file {wanted}")
+    }
+}
+
+type Decisions = BTreeMap<Undecided, usize>;
+
+fn file_choices(file: &FileNode, domain: Domain, add: &mut impl FnMut(Undecided, usize)) {
+    if !file.len.is_settled() {
+        add(Undecided::Length, file.len.count());
+    }
+    for (page, versions) in file.pages.iter().filter(|(_, v)| !v.is_settled()) {
+        let torn = match domain {
+            Domain::PageCache => BTreeSet::new(),
+            Domain::Dax => differing_words(versions),
+        };
+        if torn.is_empty() {
+            add(Undecided::Page(*page), versions.count());
+        }
+        for at in torn {
+            add(Undecided::Word(*page, at), versions.count());
+        }
+    }
+}
+
+/// Offsets of the words in which the versions of a page differ.
+fn differing_words(versions: &Versions<Content>) -> BTreeSet<usize> {
+    let durable = raw(versions.version(0));
+    let mut differing = BTreeSet::new();
+    for number in 1..versions.count() {
+        let later = raw(versions.version(number));
+        let words = (0..PAGE_BYTES).step_by(WORD_BYTES);
+        differing.extend(words.filter(|at| word(&durable, *at) != word(&later, *at)));
+    }
+    differing
+}
+
+fn word(page: &[u8; PAGE_BYTES], at: usize) -> &[u8] {
+    &page[at..at + WORD_BYTES]
+}
+
+fn cut_file(file: &FileNode, decisions: &Decisions) -> FileNode {
+    let pick = |what| decisions.get(&what).copied().unwrap_or(0);
+    let len = *file.len.version(pick(Undecided::Length));
+    let mut pages = BTreeMap::new();
+    for (page, versions) in &file.pages {
+        let torn: Vec<_> = decisions
+            .range(Undecided::Word(*page, 0)..Undecided::Word(*page + 1, 0))
+            .collect();
+        let kept = if torn.is_empty() {
+            versions.version(pick(Undecided::Page(*page))).clone()
+        } else {
+            tear(versions, &torn)
+        };
+        if kept.is_some() {
+            pages.insert(*page, Versions::new(kept));
+        }
+    }
+    FileNode {
+        len: Versions::new(len),
+        pages,
+    }
+}
+
+fn tear(versions: &Versions<Content>, torn: &[(&Undecided, &usize)]) -> Content {
+    let mut page = raw(versions.version(0));
+    for (what, pick) in torn {
+        if let Undecided::Word(_, at) = what {
+            let from = raw(versions.version(**pick));
+            page[*at..*at + WORD_BYTES].copy_from_slice(word(&from, *at));
+        }
+    }
+    let untouched = torn.iter().all(|(_, pick)| **pick == 0);
+    if untouched && versions.version(0).is_none() {
+        return None;
+    }
+    content(page)
+}
+
+fn cut_directory(directory: &DirectoryNode, decisions: &Decisions) -> DirectoryNode {
+    let kept = |i| decisions.get(&Undecided::Name(i)) == Some(&1);
+    directory.settled(directory.names_after_cut(kept))
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An open directory of the simulation.
+
+use std::any::Any;
+use std::io;
+use std::sync::Arc;
+
+use super::file::SimFile;
+use super::state::{DirectoryNode, Inode, NameChange, Node};
+use super::{Inner, Sim, os_error};
+use crate::medium::real::RealDirectory;
+use crate::medium::{Access, Directory, File, Site};
+
+#[derive(Debug)]
+pub(super) struct SimDirectory {
+    sim: Sim,
+    inode: Inode,
+    name: String,
+}
+
+impl SimDirectory {
+    pub(super) fn new(sim: Sim, inode: Inode, name: &str) -> Self {
+        Self {
+            sim,
+            inode,
+            name: name.to_owned(),
+        }
+    }
+
+    fn look_up(&self, inner: &Inner, name: &str) -> io::Result<Inode> {
+        let found = self.node(inner).now.get(name);
+        found.copied().ok_or_else(|| os_error(libc::ENOENT))
+    }
+
+    fn node<'a>(&self, inner: &'a Inner) -> &'a DirectoryNode {
+        inner.state.directory(self.inode)
+    }
+
+    fn file(&self, inner: &Inner, name: &str) -> io::Result<Inode> {
+        let inode = self.look_up(inner, name)?;
+        match inner.state.node(inode) {
+            Node::File(_) => Ok(inode),
+            Node::Directory(_) => Err(os_error(libc::EISDIR)),
+        }
+    }
+
+    fn directory(&self, inner: &Inner, name: &str) -> io::Result<Inode> {
+        let inode = self.look_up(inner, name)?;
+        match inner.state.node(inode) {
+            Node::Directory(_) => Ok(inode),
+            Node::File(_) => Err(os_error(libc::ENOTDIR)),
+        }
+    }
+
+    fn absent(&self, inner: &Inner, name: &str) -> io::Result<()> {
+        match self.look_up(inner, name) {
+            Ok(_) => Err(os_error(libc::EEXIST)),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn change(&self, inner: &mut Inner, changes: &[(&str, Option<Inode>)]) {
+        let owned = changes.iter().map(|(name, inode)| ((*name).to_owned(), *inode));
+        let change = NameChange(owned.collect());
+        inner.state.directory_mut(self.inode).change(change);
+    }
+
+    /// Performs an act on the name `on` that may be skipped.
+    fn act(
+        &self,
+        site: Site,
+        on: &str,
+        act: impl FnOnce(&mut Inner) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.sim.act(site, on, act).map(drop)
+    }
+
+    /// Performs an act whose result is needed.
+    fn make(
+        &self,
+        site: Site,
+        on: &str,
+        act: impl FnOnce(&mut Inner) -> io::Result<Inode>,
+    ) -> io::Result<Inode> {
+        let made = self.sim.act(site, on, act)?;
+        made.ok_or_else(|| io::Error::other("a call that opens something cannot be skipped"))
+    }
+
+    fn opened(&self, inode: Inode, name: &str) -> Arc<dyn Directory> {
+        Arc::new(Self::new(self.sim.clone(), inode, name))
+    }
+}
+
+impl Directory for SimDirectory {
+    fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn File>> {
+        let inode = self.file(&self.sim.lock(), name)?;
+        Ok(Arc::new(SimFile::new(self.sim.clone(), inode, name, access)))
+    }
+
+    fn create(&self, site: Site, name: &str) -> io::Result<Arc<dyn File>> {
+        let inode = self.make(site, name, |inner| {
+            self.absent(inner, name)?;
+            let inode = inner.state.add_file();
+            self.change(inner, &[(name, Some(inode))]);
+            Ok(inode)
+        })?;
+        let file = SimFile::new(self.sim.clone(), inode, name, Access::Write);
+        Ok(Arc::new(file))
+    }
+
+    fn rename(&self, site: Site, from: &str, to: &str) -> io::Result<()> {
+        self.act(site, to, |inner| {
+            let inode = self.file(inner, from)?;
+            // rename(2): two names of one file stay as they are.
+            if self.file(inner, to).ok() != Some(inode) {
+                self.change(inner, &[(from, None), (to, Some(inode))]);
+            }
+            Ok(())
+        })
+    }
+
+    fn link(&self, site: Site, source: &dyn Directory, from: &str, to: &str) -> io::Result<()> {
+        let source = source.as_any().downcast_ref::<SimDirectory>();
+        let same = source.filter(|s| Arc::ptr_eq(&s.sim.inner, &self.sim.inner));
+        let source = same.ok_or_else(|| os_error(libc::EXDEV))?;
+        self.act(site, to, |inner| {
+            let inode = source.file(inner, from)?;
+            self.absent(inner, to)?;
+            self.change(inner, &[(to, Some(inode))]);
+            Ok(())
+        })
+    }
+
+    fn unlink(&self, site: Site, name: &str) -> io::Result<()> {
+        self.act(site, name, |inner| {
+            self.file(inner, name)?;
+            self.change(inner, &[(name, None)]);
+            Ok(())
+        })
+    }
+
+    fn sync(&self, site: Site) -> io::Result<()> {
+        self.act(site, &self.name, |inner| {
+            inner.state.settle_directory(self.inode);
+            Ok(())
+        })
+    }
+
+    fn names(&self) -> io::Result<Vec<String>> {
+        Ok(self.node(&self.sim.lock()).now.keys().cloned().collect())
+    }
+
+    fn open_dir(&self, name: &str) -> io::Result<Arc<dyn Directory>> {
+        let inode = self.directory(&self.sim.lock(), name)?;
+        Ok(self.opened(inode, name))
+    }
+
+    fn create_dir(&self, site: Site, name: &str) -> io::Result<Arc<dyn Directory>> {
+        let inode = self.make(site, name, |inner| {
+            self.absent(inner, name)?;
+            let inode = inner.state.add_directory(self.inode);
+            self.change(inner, &[(name, Some(inode))]);
+            Ok(inode)
+        })?;
+        Ok(self.opened(inode, name))
+    }
+
+    fn rename_dir(&self, site: Site, from: &str, to: &str) -> io::Result<()> {
+        self.act(site, to, |inner| {
+            let inode = self.directory(inner, from)?;
+            self.absent(inner, to)?;
+            self.change(inner, &[(from, None), (to, Some(inode))]);
+            Ok(())
+        })
+    }
+
+    fn remove_dir(&self, site: Site, name: &str) -> io::Result<()> {
+        self.act(site, name, |inner| {
+            let inode = self.directory(inner, name)?;
+            if !inner.state.directory(inode).now.is_empty() {
+                return Err(os_error(libc::ENOTEMPTY));
+            }
+            self.change(inner, &[(name, None)]);
+            Ok(())
+        })
+    }
+
+    fn as_real(&self) -> Option<&RealDirectory> {
+        None
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An open file of the simulation.
+
+use std::io;
+use std::ops::Range;
+
+use super::state::{Inode, LINE_BYTES, PAGE_BYTES, WORD_BYTES};
+use super::{Inner, Sim, WriteBack, os_error};
+use crate::medium::{Access, Domain, File, Identity, Site, Status};
+use crate::units::{bytes, len};
+
+#[derive(Debug)]
+pub(super) struct SimFile {
+    sim: Sim,
+    inode: Inode,
+    name: String,
+    access: Access,
+}
+
+impl SimFile {
+    pub(super) fn new(sim: Sim, inode: Inode, name: &str, access: Access) -> Self {
+        Self {
+            sim,
+            inode,
+            name: name.to_owned(),
+            access,
+        }
+    }
+
+    /// One act that changes the file; `EBADF` if it was opened for reading.
+    fn change(&self, site: Site, change: impl FnOnce(&mut Inner)) -> io::Result<()> {
+        if self.access == Access::Read {
+            return Err(os_error(libc::EBADF));
+        }
+        self.act(site, change)
+    }
+
+    fn act(&self, site: Site, change: impl FnOnce(&mut Inner)) -> io::Result<()> {
+        let done = self.sim.act(site, &self.name, |inner| {
+            change(inner);
+            Ok(())
+        });
+        done.map(drop)
+    }
+
+    fn check_mapped_word(&self, offset: u64) -> io::Result<()> {
+        let fits = offset + bytes(WORD_BYTES) <= self.status()?.len;
+        if self.sim.settings.domain != Domain::Dax {
+            return Err(os_error(libc::EOPNOTSUPP));
+        }
+        if !fits || !offset.is_multiple_of(bytes(WORD_BYTES)) {
+            return Err(os_error(libc::EINVAL));
+        }
+        Ok(())
+    }
+}
+
+impl File for SimFile {
+    fn status(&self) -> io::Result<Status> {
+        let inner = self.sim.lock();
+        let file = inner.state.file(self.inode);
+        Ok(Status {
+            identity: Identity {
+                device: 1,
+                inode: self.inode,
+                birth_ns: self.inode,
+            },
+            len: *file.len.now(),
+            allocated: bytes(file.data_pages() * PAGE_BYTES),
+            links: bytes(inner.state.links(self.inode)),
+            mtime_ns: 0,
+        })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        Ok(self.sim.lock().state.file(self.inode).read(buf, offset))
+    }
+
+    fn write_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.change(site, |inner| {
+            inner.state.file_mut(self.inode).write(buf, offset);
+        })
+    }
+
+    fn write_durable_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {
+        // Two acts: a cut may come while the bytes are on their way.
+        self.write_at(site, buf, offset)?;
+        let range = offset..offset + bytes(buf.len());
+        self.change(site, |inner| {
+            inner.state.file_mut(self.inode).settle_range(range);
+        })
+    }
+
+    fn set_len(&self, site: Site, len: u64) -> io::Result<()> {
+        self.change(site, |inner| inner.state.file_mut(self.inode).set_len(len))
+    }
+
+    fn reserve(&self, site: Site, _: Range<u64>) -> io::Result<()> {
+        // M7: reserved storage is unwritten and reads zero like a hole, before and after a cut.
+        self.change(site, |_| {})
+    }
+
+    fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
+    }
+
+    fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(self.sim.lock().state.file(self.inode).next_data(from))
+    }
+
+    fn sync_data(&self, site: Site) -> io::Result<()> {
+        self.act(site, |inner| inner.state.file_mut(self.inode).settle())
+    }
+
+    fn domain(&self) -> io::Result<Domain> {
+        Ok(self.sim.settings.domain)
+    }
+
+    fn store_word(&self, site: Site, offset: u64, word: u64) -> io::Result<()> {
+        self.check_mapped_word(offset)?;
+        self.write_at(site, &word.to_le_bytes(), offset)
+    }
+
+    fn write_back(&self, site: Site, offset: u64) -> io::Result<()> {
+        self.check_mapped_word(offset)?;
+        let page = offset / bytes(PAGE_BYTES);
+        let line = len(offset % bytes(PAGE_BYTES)) / LINE_BYTES * LINE_BYTES;
+        self.change(site, |inner| {
+            let versions = inner.state.file_mut(self.inode).page(page);
+            let (version, epoch) = (versions.count() - 1, versions.epoch);
+            inner.started.push(WriteBack {
+                inode: self.inode,
+                page,
+                line,
+                version,
+                epoch,
+            });
+        })
+    }
+
+    fn fence(&self, site: Site) {
+        // A fence has no error to report, and `act` fails only if the closure does.
+        let _ = self.act(site, Inner::fence);
+    }
+
+    fn as_real(&self) -> Option<&std::fs::File> {
+        None
+    }
+}
+
+impl Inner {
+    /// M9: every line whose write-back was started is durable as it was then, or newer.
+    fn fence(&mut self) {
+        let started = std::mem::take(&mut self.started);
+        for w in &started {
+            let file = self.state.file_mut(w.inode);
+            // A sync since then made something newer durable.
+            if file.page(w.page).epoch == w.epoch {
+                file.settle_line(w.page, w.line, w.version);
+            }
+        }
+        for w in started {
+            self.state.file_mut(w.inode).page(w.page).merge();
+        }
+    }
+}

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A simulated filesystem that remembers what of it is durable, in either persistence domain.
+//!
+//! While it records, every call that changes something leaves a [`Moment`]: what the call was, and everything that a
+//! crash right after it could leave. A moment can be turned into the filesystem after the death of the process
+//! (nothing is lost) or after a power cut, where each [`Choice`] decides what survived. What it allows a power cut to do
+//! are the media assumptions of `docs/image-format.md`; the comments here cite their numbers.
+//!
+//! It knows files and names, not layers or clusters. It has no locks. Write-backs are fenced by whichever thread asks:
+//! use it from one.
+
+mod crash;
+mod directory;
+mod file;
+mod state;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Directory, Domain, Site};
+use directory::SimDirectory;
+use state::{Inode, State, TOP};
+
+pub use crash::{Choice, Moment};
+
+/// One call through the seam that changes something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Act {
+    /// Where it is in the source.
+    pub site: Site,
+    /// On what: the name of the file or directory.
+    pub on: String,
+}
+
+/// A simulated filesystem. Clones are handles of the same one.
+#[derive(Debug, Clone)]
+pub struct Sim {
+    inner: Arc<Mutex<Inner>>,
+    settings: Arc<Settings>,
+}
+
+/// What stays the same across crashes.
+#[derive(Debug, Clone)]
+struct Settings {
+    domain: Domain,
+    /// Calls that return without doing anything.
+    skipped: BTreeSet<Site>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    started: Vec<WriteBack>,
+    recorded: Option<Vec<Moment>>,
+}
+
+/// A cache line whose write-back was started and not fenced yet.
+#[derive(Debug, Clone, Copy)]
+struct WriteBack {
+    inode: Inode,
+    page: u64,
+    line: usize,
+    version: usize,
+    epoch: u64,
+}
+
+impl Sim {
+    /// An empty filesystem.
+    pub fn new(domain: Domain) -> Self {
+        let settings = Settings {
+            domain,
+            skipped: BTreeSet::new(),
+        };
+        Self::with(State::new(), Arc::new(settings))
+    }
+
+    fn with(state: State, settings: Arc<Settings>) -> Self {
+        let inner = Inner {
+            state,
+            started: Vec::new(),
+            recorded: None,
+        };
+        Self {
+            inner: Arc::new(Mutex::new(inner)),
+            settings,
+        }
+    }
+
+    /// A copy on which the calls at `site` return without doing anything, and which grants `domain`.
+    #[must_use]
+    pub fn with_fault(&self, domain: Domain, site: Option<Site>) -> Self {
+        let settings = Settings {
+            domain,
+            skipped: site.into_iter().collect(),
+        };
+        Self::with(self.lock().state.clone(), Arc::new(settings))
+    }
+
+    /// The top directory.
+    pub fn top(&self) -> Arc<dyn Directory> {
+        Arc::new(SimDirectory::new(self.clone(), TOP, "/"))
+    }
+
+    /// Starts to record, and forgets what was recorded before.
+    pub fn record(&self) {
+        self.lock().recorded = Some(Vec::new());
+    }
+
+    /// How many moments were recorded.
+    pub fn recorded(&self) -> usize {
+        self.lock().recorded.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Ends recording; returns a moment per call since it began.
+    pub fn moments(&self) -> Vec<Moment> {
+        self.lock().recorded.take().unwrap_or_default()
+    }
+
+    /// The present moment.
+    pub fn now(&self) -> Moment {
+        let act = Act {
+            site: Site("now"),
+            on: String::new(),
+        };
+        self.moment(&self.lock(), act)
+    }
+
+    /// A digest of all names and contents as they are now.
+    pub fn fingerprint(&self) -> u64 {
+        self.lock().state.fingerprint()
+    }
+
+    fn moment(&self, inner: &Inner, act: Act) -> Moment {
+        Moment::new(act, inner.state.clone(), Arc::clone(&self.settings))
+    }
+
+    /// Performs and records one act, unless its site is to be skipped.
+    fn act<T>(
+        &self,
+        site: Site,
+        on: &str,
+        act: impl FnOnce(&mut Inner) -> io::Result<T>,
+    ) -> io::Result<Option<T>> {
+        if self.settings.skipped.contains(&site) {
+            return Ok(None);
+        }
+        let mut inner = self.lock();
+        let result = act(&mut inner)?;
+        if inner.recorded.is_some() {
+            let act = Act {
+                site,
+                on: on.to_owned(),
+            };
+            let moment = self.moment(&inner, act);
+            inner.recorded.get_or_insert_default().push(moment);
+        }
+        Ok(Some(result))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A test that panicked inside a call has failed anyway.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn os_error(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code)
+}

@@ -1,0 +1,514 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a simulated filesystem holds: for every changeable thing the durable value and those it had since. Knows no call
+//! of the seam. Cloning is cheap: files are shared until they change.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::units::{bytes, len};
+
+/// Unit in which the page cache is written back.
+pub(super) const PAGE_BYTES: usize = 4096;
+/// Unit in which a cache line may be torn: one aligned store.
+pub(super) const WORD_BYTES: usize = 8;
+/// Unit of a cache-line write-back.
+pub(super) const LINE_BYTES: usize = 64;
+
+/// Number of a file or directory.
+pub(super) type Inode = u64;
+
+/// The directory that all others are in.
+pub(super) const TOP: Inode = 1;
+
+/// The bytes of one page, with a digest by which equal ones are told quickly.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Page {
+    digest: u64,
+    pub(super) raw: [u8; PAGE_BYTES],
+}
+
+/// A page of a file; `None` is a hole or unwritten storage, which reads zero.
+pub(super) type Content = Option<Arc<Page>>;
+
+pub(super) fn content(raw: [u8; PAGE_BYTES]) -> Content {
+    let digest = raw.as_chunks().0.iter().fold(1, |sum, word| {
+        mix(sum, u64::from_le_bytes(*word))
+    });
+    Some(Arc::new(Page { digest, raw }))
+}
+
+pub(super) fn raw(content: &Content) -> [u8; PAGE_BYTES] {
+    content.as_ref().map_or([0; PAGE_BYTES], |page| page.raw)
+}
+
+/// One step of a digest that only has to tell states of one run apart.
+pub(super) fn mix(sum: u64, value: u64) -> u64 {
+    (sum ^ value)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(29)
+}
+
+/// A value that a power cut may take back: the durable one, and those it had since, newest last.
+#[derive(Debug, Clone)]
+pub(super) struct Versions<T> {
+    durable: T,
+    later: Vec<T>,
+    /// How often it was settled: tells whether a version number is still the same version.
+    pub(super) epoch: u64,
+}
+
+impl<T: Clone + PartialEq> Versions<T> {
+    pub(super) fn new(durable: T) -> Self {
+        Self {
+            durable,
+            later: Vec::new(),
+            epoch: 0,
+        }
+    }
+
+    pub(super) fn now(&self) -> &T {
+        self.later.last().unwrap_or(&self.durable)
+    }
+
+    pub(super) fn set(&mut self, value: T) {
+        if *self.now() != value {
+            self.later.push(value);
+        }
+    }
+
+    /// How many versions a power cut may leave; version 0 is the durable one.
+    pub(super) fn count(&self) -> usize {
+        self.later.len() + 1
+    }
+
+    pub(super) fn version(&self, number: usize) -> &T {
+        match number.checked_sub(1) {
+            Some(later) => &self.later[later],
+            None => &self.durable,
+        }
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.later.is_empty()
+    }
+
+    /// Makes the present value durable.
+    pub(super) fn settle(&mut self) {
+        if let Some(now) = self.later.pop() {
+            self.durable = now;
+            self.later.clear();
+        }
+        self.epoch += 1;
+    }
+
+    /// Changes every version up to and including `number`.
+    fn change_up_to(&mut self, number: usize, change: impl Fn(&mut T)) {
+        change(&mut self.durable);
+        self.later.iter_mut().take(number).for_each(change);
+    }
+
+    /// Forgets versions that have become the durable one. Renumbers the others.
+    pub(super) fn merge(&mut self) {
+        let durable = &self.durable;
+        let same = self.later.iter().take_while(|v| *v == durable).count();
+        self.later.drain(..same);
+    }
+}
+
+/// A regular file.
+#[derive(Debug, Clone)]
+pub(super) struct FileNode {
+    pub(super) len: Versions<u64>,
+    pub(super) pages: BTreeMap<u64, Versions<Content>>,
+}
+
+impl FileNode {
+    fn new() -> Self {
+        Self {
+            len: Versions::new(0),
+            pages: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> usize {
+        let end = (*self.len.now()).min(offset + bytes(buf.len()));
+        let mut done = 0;
+        for (page, part) in pages_of(offset..end.max(offset)) {
+            let target = &mut buf[done..done + part.len()];
+            match self.pages.get(&page).map(Versions::now) {
+                Some(Some(stored)) => target.copy_from_slice(&stored.raw[part.clone()]),
+                _ => target.fill(0),
+            }
+            done += part.len();
+        }
+        done
+    }
+
+    pub(super) fn write(&mut self, buf: &[u8], offset: u64) {
+        let range = offset..offset + bytes(buf.len());
+        let mut rest = buf;
+        for (page, part) in pages_of(range.clone()) {
+            let (now, later) = rest.split_at(part.len());
+            self.edit(page, |raw| raw[part].copy_from_slice(now));
+            rest = later;
+        }
+        if range.end > *self.len.now() {
+            self.len.set(range.end);
+        }
+    }
+
+    pub(super) fn set_len(&mut self, new: u64) {
+        let old = *self.len.now();
+        if new < old {
+            self.clear(new..old);
+        }
+        self.len.set(new);
+    }
+
+    /// Makes the range read zero, and whole pages of it holes.
+    pub(super) fn clear(&mut self, range: Range<u64>) {
+        for (page, part) in pages_of(range) {
+            if !self.pages.contains_key(&page) {
+                continue;
+            }
+            if part.len() == PAGE_BYTES {
+                self.page(page).set(None);
+            } else {
+                self.edit(page, |raw| raw[part].fill(0));
+            }
+        }
+    }
+
+    /// The first run of pages at or after `from` that hold something.
+    pub(super) fn next_data(&self, from: u64) -> Option<Range<u64>> {
+        let page_bytes = bytes(PAGE_BYTES);
+        let len = *self.len.now();
+        let held = |(page, v): (&u64, &Versions<Content>)| v.now().is_some().then_some(*page);
+        let mut pages = self
+            .pages
+            .range(from / page_bytes..)
+            .filter_map(held)
+            .take_while(|page| page * page_bytes < len);
+        let first = pages.next()?;
+        let mut end = first + 1;
+        while pages.next() == Some(end) {
+            end += 1;
+        }
+        let start = (first * page_bytes).max(from);
+        let end = (end * page_bytes).min(len);
+        (start < end).then_some(start..end)
+    }
+
+    pub(super) fn data_pages(&self) -> usize {
+        self.pages.values().filter(|v| v.now().is_some()).count()
+    }
+
+    pub(super) fn settle(&mut self) {
+        self.len.settle();
+        self.pages.values_mut().for_each(Versions::settle);
+    }
+
+    /// Makes the pages of `range` durable, with the length that is needed to read them.
+    pub(super) fn settle_range(&mut self, range: Range<u64>) {
+        for (page, _) in pages_of(range) {
+            self.page(page).settle();
+        }
+        self.len.settle();
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.len.is_settled() && self.pages.values().all(Versions::is_settled)
+    }
+
+    /// Makes one cache line durable as it was in version `version` of its page.
+    pub(super) fn settle_line(&mut self, page: u64, line: usize, version: usize) {
+        let part = line..line + LINE_BYTES;
+        let versions = self.page(page);
+        let value: [u8; PAGE_BYTES] = raw(versions.version(version));
+        versions.change_up_to(version, |old| {
+            let mut new = raw(old);
+            new[part.clone()].copy_from_slice(&value[part.clone()]);
+            *old = content(new);
+        });
+    }
+
+    pub(super) fn page(&mut self, page: u64) -> &mut Versions<Content> {
+        self.pages
+            .entry(page)
+            .or_insert_with(|| Versions::new(None))
+    }
+
+    fn edit(&mut self, page: u64, change: impl FnOnce(&mut [u8; PAGE_BYTES])) {
+        let versions = self.page(page);
+        let mut new = raw(versions.now());
+        change(&mut new);
+        versions.set(content(new));
+    }
+
+    fn digest(&self) -> u64 {
+        let held = |(page, v): (&u64, &Versions<Content>)| {
+            let digest = v.now().as_ref()?.digest;
+            Some(mix(*page, digest))
+        };
+        self.pages.iter().filter_map(held).fold(*self.len.now(), mix)
+    }
+}
+
+/// One change of names, whole or not at all. A rename sets one name and removes another.
+#[derive(Debug, Clone)]
+pub(super) struct NameChange(pub(super) Vec<(String, Option<Inode>)>);
+
+impl NameChange {
+    fn touches(&self, name: &str) -> bool {
+        self.0.iter().any(|(n, _)| n == name)
+    }
+
+    fn shares_a_name_with(&self, other: &NameChange) -> bool {
+        self.0.iter().any(|(n, _)| other.touches(n))
+    }
+
+    fn apply(&self, names: &mut BTreeMap<String, Inode>) {
+        for (name, inode) in &self.0 {
+            match inode {
+                Some(inode) => names.insert(name.clone(), *inode),
+                None => names.remove(name),
+            };
+        }
+    }
+}
+
+/// A directory.
+#[derive(Debug, Clone, Default)]
+pub(super) struct DirectoryNode {
+    pub(super) parent: Inode,
+    pub(super) now: BTreeMap<String, Inode>,
+    durable: BTreeMap<String, Inode>,
+    pub(super) pending: Vec<NameChange>,
+}
+
+impl DirectoryNode {
+    pub(super) fn change(&mut self, change: NameChange) {
+        change.apply(&mut self.now);
+        self.pending.push(change);
+    }
+
+    pub(super) fn settle(&mut self) {
+        self.durable.clone_from(&self.now);
+        self.pending.clear();
+    }
+
+    /// Makes the present name of `inode` durable, with the changes that it rests on.
+    fn settle_name_of(&mut self, inode: Inode) {
+        let sets = |c: &NameChange| c.0.iter().any(|(_, i)| *i == Some(inode));
+        let Some(last) = self.pending.iter().rposition(sets) else {
+            return;
+        };
+        let mut needed = vec![false; self.pending.len()];
+        needed[last] = true;
+        for i in (0..last).rev() {
+            let above = (i + 1..=last).filter(|above| needed[*above]);
+            needed[i] = above
+                .into_iter()
+                .any(|above| self.pending[above].shares_a_name_with(&self.pending[i]));
+        }
+        let pending = std::mem::take(&mut self.pending);
+        for (change, needed) in pending.into_iter().zip(needed) {
+            if needed {
+                change.apply(&mut self.durable);
+            } else {
+                self.pending.push(change);
+            }
+        }
+    }
+
+    /// The names after a cut that the changes in `kept` survived, so far as those that they rest on did, too.
+    pub(super) fn names_after_cut(&self, kept: impl Fn(usize) -> bool) -> BTreeMap<String, Inode> {
+        let mut names = self.durable.clone();
+        let mut lost: Vec<&NameChange> = Vec::new();
+        for (i, change) in self.pending.iter().enumerate() {
+            if kept(i) && !lost.iter().any(|l| l.shares_a_name_with(change)) {
+                change.apply(&mut names);
+            } else {
+                lost.push(change);
+            }
+        }
+        names
+    }
+
+    /// Everything that has a name here now or may have one after a cut.
+    fn possible(&self) -> impl Iterator<Item = Inode> {
+        let pending = self.pending.iter().flat_map(|c| &c.0);
+        let pending = pending.filter_map(|(_, inode)| *inode);
+        self.now.values().chain(self.durable.values()).copied().chain(pending)
+    }
+}
+
+/// A file or a directory.
+#[derive(Debug, Clone)]
+pub(super) enum Node {
+    File(FileNode),
+    Directory(DirectoryNode),
+}
+
+/// A whole filesystem.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    nodes: BTreeMap<Inode, Arc<Node>>,
+    next: Inode,
+}
+
+impl State {
+    pub(super) fn new() -> Self {
+        let mut state = Self {
+            nodes: BTreeMap::new(),
+            next: TOP,
+        };
+        state.add_directory(TOP);
+        state
+    }
+
+    pub(super) fn add_file(&mut self) -> Inode {
+        self.add(Node::File(FileNode::new()))
+    }
+
+    pub(super) fn add_directory(&mut self, parent: Inode) -> Inode {
+        self.add(Node::Directory(DirectoryNode {
+            parent,
+            ..DirectoryNode::default()
+        }))
+    }
+
+    fn add(&mut self, node: Node) -> Inode {
+        let inode = self.next;
+        self.next += 1;
+        self.nodes.insert(inode, Arc::new(node));
+        inode
+    }
+
+    pub(super) fn node(&self, inode: Inode) -> &Node {
+        &self.nodes[&inode]
+    }
+
+    pub(super) fn file(&self, inode: Inode) -> &FileNode {
+        match self.node(inode) {
+            Node::File(file) => file,
+            Node::Directory(_) => unreachable!("inode {inode} was made as a file"),
+        }
+    }
+
+    pub(super) fn file_mut(&mut self, inode: Inode) -> &mut FileNode {
+        match self.node_mut(inode) {
+            Node::File(file) => file,
+            Node::Directory(_) => unreachable!("inode {inode} was made as a file"),
+        }
+    }
+
+    pub(super) fn directory(&self, inode: Inode) -> &DirectoryNode {
+        match self.node(inode) {
+            Node::Directory(directory) => directory,
+            Node::File(_) => unreachable!("inode {inode} was made as a directory"),
+        }
+    }
+
+    pub(super) fn directory_mut(&mut self, inode: Inode) -> &mut DirectoryNode {
+        match self.node_mut(inode) {
+            Node::Directory(directory) => directory,
+            Node::File(_) => unreachable!("inode {inode} was made as a directory"),
+        }
+    }
+
+    fn node_mut(&mut self, inode: Inode) -> &mut Node {
+        let node = self.nodes.get_mut(&inode);
+        Arc::make_mut(node.expect("handles name inodes that exist"))
+    }
+
+    /// Makes a directory's entries durable, and its own present name.
+    pub(super) fn settle_directory(&mut self, inode: Inode) {
+        let directory = self.directory_mut(inode);
+        directory.settle();
+        let parent = directory.parent;
+        if parent != inode {
+            self.directory_mut(parent).settle_name_of(inode);
+        }
+    }
+
+    /// How many names the file has.
+    pub(super) fn links(&self, inode: Inode) -> usize {
+        let directories = self.nodes.values().filter_map(|n| match n.as_ref() {
+            Node::Directory(d) => Some(d),
+            Node::File(_) => None,
+        });
+        let names = directories.flat_map(|d| d.now.values());
+        names.filter(|i| **i == inode).count()
+    }
+
+    /// The files and directories that have a name now or may have one after a cut, in the order of their numbers.
+    pub(super) fn reachable(&self) -> BTreeSet<Inode> {
+        let mut found = BTreeSet::from([TOP]);
+        let mut open = vec![TOP];
+        while let Some(inode) = open.pop() {
+            if let Node::Directory(directory) = self.node(inode) {
+                open.extend(directory.possible().filter(|i| found.insert(*i)));
+            }
+        }
+        found
+    }
+
+    /// The state with the nodes that `cut` returns; nodes for which it has none stay as they are.
+    pub(super) fn map_reachable(&self, mut cut: impl FnMut(Inode, &Node) -> Option<Node>) -> State {
+        let mut nodes = BTreeMap::new();
+        for inode in self.reachable() {
+            let new = match cut(inode, self.node(inode)) {
+                Some(node) => Arc::new(node),
+                None => Arc::clone(&self.nodes[&inode]),
+            };
+            nodes.insert(inode, new);
+        }
+        State {
+            nodes,
+            next: self.next,
+        }
+    }
+
+    /// A digest of all names and contents as they are now.
+    pub(super) fn fingerprint(&self) -> u64 {
+        let mut open = vec![TOP];
+        let mut sum = 0;
+        while let Some(inode) = open.pop() {
+            match self.node(inode) {
+                Node::File(file) => sum = mix(sum, file.digest()),
+                Node::Directory(directory) => {
+                    for (name, inode) in &directory.now {
+                        sum = name.bytes().fold(mix(sum, *inode), |s, b| mix(s, b.into()));
+                        open.push(*inode);
+                    }
+                }
+            }
+        }
+        sum
+    }
+}
+
+impl DirectoryNode {
+    /// The same directory after a cut that left `names`.
+    pub(super) fn settled(&self, names: BTreeMap<String, Inode>) -> Self {
+        Self {
+            parent: self.parent,
+            now: names.clone(),
+            durable: names,
+            pending: Vec::new(),
+        }
+    }
+}
+
+/// The pages that `range` touches, with the part of each.
+pub(super) fn pages_of(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let page_bytes = bytes(PAGE_BYTES);
+    let pages = range.start / page_bytes..range.end.div_ceil(page_bytes);
+    pages.map(move |page| {
+        let base = page * page_bytes;
+        let part = range.start.max(base) - base..range.end.min(base + page_bytes) - base;
+        (page, len(part.start)..len(part.end))
+    })
+}
