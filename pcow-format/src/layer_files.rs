@@ -28,48 +28,94 @@ pub fn data_name(layer: Uuid) -> String {
     format!("{layer}.data")
 }
 
-/// Where the files of bases outside the image may be.
-#[derive(Debug, Clone, Default)]
-pub struct BaseDirs {
-    allowed: Vec<PathBuf>,
+/// Where the files of bases outside the image are, and which may be opened.
+#[derive(Debug, Clone)]
+pub struct BaseDirs(Places);
+
+#[derive(Debug, Clone)]
+enum Places {
+    /// Directories of the machine.
+    Below(Vec<PathBuf>),
+    /// The entries of one directory of any medium.
+    In(Arc<dyn Directory>),
 }
 
 impl BaseDirs {
     /// Directories below which bases may be opened. Those that do not exist allow nothing.
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> Self {
-        Self {
-            allowed: directories
-                .into_iter()
-                .filter_map(|d| d.canonicalize().ok())
-                .collect(),
+        let real = directories.into_iter().filter_map(|d| d.canonicalize().ok());
+        Self(Places::Below(real.collect()))
+    }
+
+    /// Bases are the entries of `directory`, and their paths are names in it.
+    pub fn in_directory(directory: Arc<dyn Directory>) -> Self {
+        Self(Places::In(directory))
+    }
+
+    /// For a base at `path`, whose own bases lie beside it.
+    pub(crate) fn of_base(&self, path: &Path) -> Self {
+        match &self.0 {
+            Places::Below(_) => Self::new([path.join("..").as_path()]),
+            Places::In(_) => self.clone(),
         }
     }
 
-    /// Resolves `path` and checks that it lies below an allowed directory.
-    fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        let real = path.canonicalize().map_err(|e| {
-            let what = format!("the base {} is not there", path.display());
+    /// The path under which an image may record the base that its user calls `path`.
+    ///
+    /// # Errors
+    /// `BaseMissing`.
+    pub(crate) fn absolute(&self, path: &Path) -> Result<PathBuf> {
+        match &self.0 {
+            Places::Below(_) => canonical(path),
+            Places::In(_) => Ok(path.to_owned()),
+        }
+    }
+
+    /// Opens the directory of a base that the user names, wherever it is.
+    ///
+    /// # Errors
+    /// `BaseMissing`.
+    pub(crate) fn open_named(&self, path: &Path) -> Result<Arc<dyn Directory>> {
+        let opened = match &self.0 {
+            Places::Below(_) => RealDirectory::open(path).map(|d| d as Arc<dyn Directory>),
+            Places::In(directory) => directory.open_dir(&path.to_string_lossy()),
+        };
+        opened.map_err(|e| {
+            let what = format!("cannot open the base {}", path.display());
             Error::new(ErrorKind::BaseMissing, what).caused_by(e)
-        })?;
-        if self.allowed.iter().any(|dir| real.starts_with(dir)) {
-            return Ok(real);
-        }
-        let what = format!(
-            "the base {} is outside the directories that this image may use",
-            real.display()
-        );
-        Err(Error::new(ErrorKind::BaseForbidden, what))
+        })
     }
 
-    fn open_dir(&self, path: &Path) -> Result<Arc<RealDirectory>> {
-        let path = self.resolve(path)?;
-        RealDirectory::open(&path).context(|| format!("cannot open the base {}", path.display()))
+    /// Checks that `path` lies below an allowed directory.
+    fn resolve(&self, path: &Path) -> Result<PathBuf> {
+        let real = self.absolute(path)?;
+        match &self.0 {
+            Places::Below(allowed) if !allowed.iter().any(|dir| real.starts_with(dir)) => {
+                let what = format!(
+                    "the base {} is outside the directories that this image may use",
+                    real.display()
+                );
+                Err(Error::new(ErrorKind::BaseForbidden, what))
+            }
+            _ => Ok(real),
+        }
+    }
+
+    fn open_dir(&self, path: &Path) -> Result<Arc<dyn Directory>> {
+        self.open_named(&self.resolve(path)?)
     }
 
     fn open_raw(&self, path: &Path) -> Result<Arc<dyn File>> {
         let path = self.resolve(path)?;
         RealFile::open_raw(&path).context(|| format!("cannot open the base {}", path.display()))
     }
+}
+
+fn canonical(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|e| {
+        let what = format!("the base {} is not there", path.display());
+        Error::new(ErrorKind::BaseMissing, what).caused_by(e)
+    })
 }
 
 /// The map and data file of one layer.

@@ -204,22 +204,21 @@ impl BaseLayers {
     /// Opens `base`, sealing its present state if that is asked for. `for_image` names the new image.
     pub(super) fn open(base: &Base, for_image: &str, env: &Environment) -> Result<Self> {
         match base {
-            Base::Raw { path } => Self::open_raw(path),
+            Base::Raw { path } => Self::open_raw(&env.bases.absolute(path)?),
             Base::Image {
                 path,
                 snapshot,
                 reference,
             } => {
-                let path = absolute(path)?;
+                let path = env.bases.absolute(path)?;
                 Self::open_image(&path, snapshot.as_deref(), *reference, for_image, env)
             }
         }
     }
 
     fn open_raw(path: &Path) -> Result<Self> {
-        let path = absolute(path)?;
         let context = || format!("cannot open the raw base {}", path.display());
-        let file = RealFile::open_raw(&path)
+        let file = RealFile::open_raw(path)
             .map_err(|e| Error::new(ErrorKind::BaseMissing, context()).caused_by(e))?;
         let bytes = file.status().context(context)?.len;
         let size = VirtualSize::new(bytes.next_multiple_of(SIZE_STEP_BYTES))?;
@@ -231,7 +230,7 @@ impl BaseLayers {
             clip: 0,
             sealed: true,
             map_checksum: None,
-            kind: layer_files::raw_kind(file.as_ref(), &path)?,
+            kind: layer_files::raw_kind(file.as_ref(), path)?,
         };
         Ok(Self {
             layers: vec![layer],
@@ -249,24 +248,21 @@ impl BaseLayers {
     ) -> Result<Self> {
         // The base's own bases are looked for beside it, as when it is opened itself.
         let base_env = Environment {
-            bases: Environment::for_image(path, &[])?.bases,
+            bases: env.bases.of_base(path),
             boot: env.boot,
         };
-        let dir: Arc<dyn Directory> = RealDirectory::open(path).map_err(|e| {
-            let what = format!("cannot open the base {}", path.display());
-            Error::new(ErrorKind::BaseMissing, what).caused_by(e)
-        })?;
+        let dir = env.bases.open_named(path)?;
         let stored = Stored::load(Arc::clone(&dir), base_env.clone())?;
         let (layers, sealed_as) = match snapshot {
             Some(name) => (
                 rows(stored.root(), stored.root().snapshot(name)?.layer)?,
                 None,
             ),
-            None => present_state(dir.clone(), stored, base_env, for_image)?,
+            None => present_state(dir.clone(), stored, base_env.clone(), for_image)?,
         };
         // Errors of a broken base belong here, not to the first boot of the clone.
         if let Some(top) = layers.first() {
-            Stored::open(path, &[])?.chain(top.uuid)?;
+            Stored::load(Arc::clone(&dir), base_env)?.chain(top.uuid)?;
         }
         let mut base = Self {
             layers,
@@ -351,13 +347,6 @@ fn present_state(
 
 fn rows(root: &Root, top: Uuid) -> Result<Vec<Layer>> {
     Ok(root.chain(top)?.into_iter().cloned().collect())
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    path.canonicalize().map_err(|e| {
-        let what = format!("the base {} is not there", path.display());
-        Error::new(ErrorKind::BaseMissing, what).caused_by(e)
-    })
 }
 
 fn invalid(what: String) -> Error {

@@ -166,18 +166,18 @@ fn file_choices(file: &FileNode, domain: Domain, add: &mut impl FnMut(Undecided,
 
 /// Offsets of the words in which the versions of a page differ.
 fn differing_words(versions: &Versions<Content>) -> BTreeSet<usize> {
-    let durable = raw(versions.version(0));
     let mut differing = BTreeSet::new();
     for number in 1..versions.count() {
-        let later = raw(versions.version(number));
+        let (before, after) = (versions.version(number - 1), versions.version(number));
         let words = (0..PAGE_BYTES).step_by(WORD_BYTES);
-        differing.extend(words.filter(|at| word(&durable, *at) != word(&later, *at)));
+        differing.extend(words.filter(|at| word(before, *at) != word(after, *at)));
     }
     differing
 }
 
-fn word(page: &[u8; PAGE_BYTES], at: usize) -> &[u8] {
-    &page[at..at + WORD_BYTES]
+fn word(page: &Content, at: usize) -> &[u8] {
+    page.as_ref()
+        .map_or(&[0; WORD_BYTES], |page| &page.raw[at..at + WORD_BYTES])
 }
 
 fn cut_file(file: &FileNode, decisions: &Decisions) -> FileNode {
@@ -204,16 +204,16 @@ fn cut_file(file: &FileNode, decisions: &Decisions) -> FileNode {
 }
 
 fn tear(versions: &Versions<Content>, torn: &[(&Undecided, &usize)]) -> Content {
+    let untouched = torn.iter().all(|(_, pick)| **pick == 0);
+    if untouched {
+        return versions.version(0).clone();
+    }
     let mut page = raw(versions.version(0));
     for (what, pick) in torn {
         if let Undecided::Word(_, at) = what {
-            let from = raw(versions.version(**pick));
-            page[*at..*at + WORD_BYTES].copy_from_slice(word(&from, *at));
+            let from = word(versions.version(**pick), *at);
+            page[*at..*at + WORD_BYTES].copy_from_slice(from);
         }
-    }
-    let untouched = torn.iter().all(|(_, pick)| **pick == 0);
-    if untouched && versions.version(0).is_none() {
-        return None;
     }
     content(page)
 }
