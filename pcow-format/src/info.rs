@@ -10,7 +10,8 @@ use crate::chain::Owner;
 use crate::error::{IoContext, Result};
 use crate::image::Stored;
 use crate::layer_files::{data_name, map_name};
-use crate::medium::{Access, Directory, Domain};
+use crate::map::{HEADER_BYTES, Header};
+use crate::medium::{Access, Directory, Domain, read_exact_at};
 use crate::root::{Kind, Layer};
 
 /// Storage that the files of a layer take, in bytes.
@@ -65,6 +66,23 @@ impl Stored {
             sum = sum + self.usage(layer)?;
         }
         Ok(sum)
+    }
+
+    /// The image in which a layer of the image's own directory was made; `None` for one that is elsewhere.
+    ///
+    /// # Errors
+    /// `Io` if the map cannot be read, `Corrupt` or `Unsupported` for its header.
+    pub fn origin(&self, layer: &Layer) -> Result<Option<Uuid>> {
+        if layer.kind != Kind::Own {
+            return Ok(None);
+        }
+        let name = map_name(layer.uuid);
+        let mut raw = [0; HEADER_BYTES];
+        self.directory()
+            .open(&name, Access::Read)
+            .and_then(|map| read_exact_at(map.as_ref(), &mut raw, 0))
+            .context(|| format!("cannot read {name}"))?;
+        Ok(Some(Header::decode(&raw)?.image))
     }
 
     /// What makes the active layer's stores durable on this filesystem.
