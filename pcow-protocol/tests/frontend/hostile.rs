@@ -177,6 +177,7 @@ fn die_after(stream: UnixStream, survived: usize) {
     use pcow_protocol::session::{BackendAction, BackendSession};
     let mut main = Connection::<FrontendRequest>::new(stream);
     let mut session = BackendSession::new(REGION_SIZE);
+    let mut kept = Vec::new(); // a closed backend channel would end the session early
     for _ in 0..survived {
         let received = main.recv().unwrap();
         match session
@@ -190,6 +191,7 @@ fn die_after(stream: UnixStream, survived: usize) {
             }
             _ => {}
         }
+        kept.extend(received.fds);
     }
     main.recv().unwrap();
 }
