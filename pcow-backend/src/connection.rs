@@ -84,15 +84,17 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         service: None,
     };
     let mut end = connection.run();
-    if let Some(service) = connection.service.take() {
-        if let Some(failure) = service.stop() {
-            end = Err(failure);
-        }
-        detach(offer);
+    let service = connection.service.take();
+    let attached = service.is_some();
+    if let Some(failure) = service.and_then(FaultService::stop) {
+        end = Err(failure);
     }
-    match end {
-        Ok(()) => log::info!("frontend detached"),
-        Err(e) => log::warn!("session ended: {}", chain(&e)),
+    if attached {
+        detach(offer);
+        log::info!("frontend detached");
+    }
+    if let Err(e) = end {
+        log::warn!("connection ended: {}", chain(&e));
     }
 }
 

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A running `pcow-backend` with its log.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::program;
+use crate::waiting::wait_until;
+
+/// Longer than anything here takes on a slow machine; only a hang reaches it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A backend process. Killed when dropped.
+#[derive(Debug)]
+pub struct Backend {
+    child: Child,
+    socket: PathBuf,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Backend {
+    /// Starts a backend for `image` with more arguments, and waits until it listens.
+    pub fn start(image: &Path, arguments: &[&str]) -> Self {
+        let mut socket = image.as_os_str().to_owned();
+        socket.push(".sock");
+        let socket = PathBuf::from(socket);
+        let mut backend = Self::spawn(image, &socket, arguments);
+        wait_until("the backend listens", PATIENCE, || {
+            let ended = backend.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the backend ended: {:#?}", backend.log());
+            UnixStream::connect(&socket).is_ok()
+        });
+        backend
+    }
+
+    fn spawn(image: &Path, socket: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(program("pcow-backend"))
+            .arg("--socket")
+            .arg(socket)
+            .arg("--image")
+            .arg(image)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let sink = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                sink.lock().unwrap().push(line);
+            }
+        });
+        Self {
+            child,
+            socket: socket.to_owned(),
+            log,
+        }
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until a log line contains `text`.
+    pub fn wait_for_log(&self, text: &str) {
+        let found = || self.log().iter().any(|line| line.contains(text));
+        wait_until(&format!("the log says '{text}'"), PATIENCE, found);
+    }
+
+    /// Asks it to end, and waits for that.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let mut status = None;
+        wait_until("the backend ends", PATIENCE, || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            for line in self.log() {
+                eprintln!("backend: {line}");
+            }
+        }
+    }
+}
