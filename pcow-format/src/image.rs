@@ -222,6 +222,10 @@ impl Image {
         // Read once before locking, so that what is no image is said to be none; what counts is read under the lock.
         read_root(dir.as_ref())?;
         let lock = ImageLock::exclusive(dir.as_ref())?;
+        // A predecessor may have died between the rename of the root and the sync of the directory. What is
+        // promised from now on rests on the root that is read here, so that must not be lost any more (I4).
+        dir.sync(Site("open.dir.sync"))
+            .context(|| "cannot sync the image's directory".to_owned())?;
         let stored = Stored::load(dir, env)?;
         let (active, below, recovery) = open_stack(&stored)?;
         // After the checks: an image that is refused is left as it was.
