@@ -5,6 +5,7 @@
 //! unlimited `RLIMIT_MEMLOCK`, and says so if it has neither.
 #![allow(clippy::unwrap_used)]
 
+use pcow_protocol::frontend::{Frontend, GuestRegion};
 use pcow_protocol::message::{BackendRequest, Status};
 use pcow_protocol::uffd::CopyOutcome;
 use rustix::mm::{MlockAllFlags, mlockall};
@@ -27,7 +28,7 @@ fn merge_memory() {
 }
 
 /// The `VmFlags` of every mapping of the region.
-fn flags(region: &pcow_protocol::frontend::GuestRegion) -> Vec<String> {
+fn flags(region: &GuestRegion) -> Vec<String> {
     let base = region.as_ptr().addr();
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut inside = false;
@@ -63,6 +64,7 @@ fn under_mlockall_and_memory_merging_every_underlay_still_traps() {
     );
     traps(&frontend, &mut backend, 0);
     assert_eq!(mappings(frontend.region()), 1);
+    evicts_beside_a_locked_mapping(&frontend, &mut backend);
 
     for flags in flags(frontend.region()) {
         let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
@@ -81,12 +83,22 @@ fn under_mlockall_and_memory_merging_every_underlay_still_traps() {
     }
 }
 
+/// What is mapped from a file is locked memory in such a process, and plain `MADV_DONTNEED` refuses that.
+fn evicts_beside_a_locked_mapping(frontend: &Frontend, backend: &mut backend::Backend) {
+    assert_eq!(backend.ask(&map(CLUSTER, CLUSTER), None), Status::OK);
+    assert_eq!(
+        backend.ask(&BackendRequest::Evict(range(0, 2 * CLUSTER)), None),
+        Status::OK
+    );
+    traps(frontend, backend, 0);
+    assert_eq!(
+        backend.ask(&BackendRequest::Unmap(range(CLUSTER, CLUSTER)), None),
+        Status::OK
+    );
+}
+
 /// A load there is a fault, and reads what the backend copies.
-fn traps(
-    frontend: &pcow_protocol::frontend::Frontend,
-    backend: &mut backend::Backend,
-    offset: u64,
-) {
+fn traps(frontend: &Frontend, backend: &mut backend::Backend, offset: u64) {
     let loading = spawn_load(frontend, offset);
     assert_eq!(backend.fault(), load_fault(offset));
     assert_eq!(backend.copy(offset, &[7; 4096]), CopyOutcome::Done);

@@ -138,20 +138,50 @@ fn neighbours_in_the_file_are_one_mapping() {
 }
 
 #[test]
-fn a_map_that_fails_restores_the_trap() {
-    let memfd = memfd_create("pcow-test", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
-    let data = std::fs::File::from(memfd);
-    data.set_len(REGION_SIZE).unwrap();
-    let (frontend, mut backend) = attach(region(0), &[&data]);
-    // The scratch test has passed; now writable mappings become impossible, which the kernel finds out too late.
-    fcntl_add_seals(&data, SealFlags::FUTURE_WRITE).unwrap();
+fn unmap_wakes_who_waits_there() {
+    let (frontend, mut backend) = attach(region(0), &[]);
+    let loading = spawn_load(&frontend, 0);
+    assert_eq!(backend.fault(), load_fault(0));
+    assert_eq!(
+        backend.ask(&BackendRequest::Unmap(range(0, CLUSTER)), None),
+        Status::OK
+    );
+    assert_eq!(backend.fault(), load_fault(0));
+    assert_eq!(backend.copy(0, &[1; 4096]), CopyOutcome::Done);
+    assert_eq!(loading.join().unwrap(), 0x0101_0101_0101_0101);
+}
 
+/// A file that can be mapped writable now, and not any more after it was sealed.
+fn sealable_file() -> std::fs::File {
+    let flags = MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC;
+    let file = std::fs::File::from(memfd_create("pcow-test", flags).unwrap());
+    file.set_len(REGION_SIZE).unwrap();
+    file
+}
+
+#[test]
+fn a_map_that_fails_leaves_a_trap_and_neither_a_hole_nor_what_was_there() {
+    let (data, sealed) = (file(), sealable_file());
+    let (frontend, mut backend) = attach(region(0), &[&data, &sealed]);
+    assert_eq!(backend.ask(&map(CLUSTER, CLUSTER), None), Status::OK);
+    store(frontend.region(), CLUSTER, 1);
+    // The scratch test has passed; now writable mappings become impossible, which some kernels find out too late.
+    fcntl_add_seals(&sealed, SealFlags::FUTURE_WRITE).unwrap();
+    let range = range(CLUSTER, CLUSTER);
+    let map = Map {
+        slot: 1,
+        file_offset: CLUSTER,
+        range,
+        writable: true,
+    };
+    assert_eq!(
+        backend.ask(&BackendRequest::Map(map), None).errno(),
+        Some(libc::EPERM)
+    );
+
+    assert_eq!(mappings(frontend.region()), 1);
     let loading = spawn_load(&frontend, CLUSTER);
     assert_eq!(backend.fault(), load_fault(CLUSTER));
-    let status = backend.ask(&map(CLUSTER, CLUSTER), None);
-    assert_eq!(status.errno(), Some(libc::EPERM));
-    assert_eq!(mappings(frontend.region()), 1);
-    assert_eq!(backend.fault(), load_fault(CLUSTER)); // woken, and trapped again
     assert_eq!(backend.copy(CLUSTER, &[3; 4096]), CopyOutcome::Done);
     assert_eq!(loading.join().unwrap(), 0x0303_0303_0303_0303);
     assert_eq!(frontend.status(), LinkStatus::Attached);
