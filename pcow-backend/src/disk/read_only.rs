@@ -103,16 +103,19 @@ impl Disk for ReadOnlyDisk {
         _: &mut Scratch,
     ) -> Result<Answer> {
         let (bytes, owner) = self.extent_around(offset)?;
-        let page = offset / PAGE_BYTES * PAGE_BYTES;
+        let mut start = bytes.start;
         if let Owner::Layer(depth) = owner {
             let file = FileKey::Layer(depth);
             let end = bytes.end.min(self.mappable_bytes(file));
-            if page + PAGE_BYTES <= end {
-                let bytes = claim.extend(bytes.start..end);
+            if offset < end {
+                let bytes = claim.extend(start..end);
                 return Ok(Answer::Map { bytes, file });
             }
+            start = start.max(end);
         }
-        Ok(Answer::Copy(self.scope(offset)))
+        // Only this extent: a copy must not reach into a neighbour that may be mapped.
+        let unit = self.scope(offset);
+        Ok(Answer::Copy(start.max(unit.start)..bytes.end.min(unit.end)))
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -107,11 +107,13 @@ impl ReadCopies {
         }
     }
 
-    /// What was in `bytes` is gone: a mapping stands there now, or nothing was copied.
+    /// What was in `bytes` is gone: a mapping stands there now. A unit of which only a part is gone goes on counting.
     pub fn forget(&self, bytes: &Range<u64>) {
         let mut state = self.lock();
-        let units = bytes.start / self.unit..bytes.end.div_ceil(self.unit);
-        if units.end - units.start < u64::try_from(state.present.len()).unwrap_or(u64::MAX) {
+        let units = bytes.start.div_ceil(self.unit)..bytes.end / self.unit;
+        if units.end.saturating_sub(units.start)
+            < u64::try_from(state.present.len()).unwrap_or(u64::MAX)
+        {
             for unit in units {
                 state.present.remove(&unit);
             }
@@ -123,6 +125,12 @@ impl ReadCopies {
             order.retain(|(unit, age)| present.get(unit) == Some(age));
         }
         self.changed.notify_all();
+    }
+
+    /// The unit at `offset` was counted in, but nothing was copied.
+    pub fn cancel(&self, offset: u64) {
+        let start = offset / self.unit * self.unit;
+        self.forget(&(start..start + self.unit));
     }
 
     /// Bytes that read copies take now.
@@ -161,6 +169,8 @@ mod tests {
         let copies = ReadCopies::new(10, 40);
         copies.admit(0);
         copies.admit(10);
+        copies.forget(&(5..15));
+        assert_eq!(copies.bytes(), 20);
         copies.forget(&(0..1000));
         assert_eq!(copies.bytes(), 0);
         assert_eq!(copies.victims(), []);

@@ -106,7 +106,7 @@ impl Resolver<'_> {
         let buf = &mut scratch.copy;
         buf.resize(usize_of(bytes.end - bytes.start), 0);
         if let Err(e) = s.disk.read(bytes.start, buf) {
-            s.copies.forget(bytes);
+            s.copies.cancel(bytes.start);
             self.stall(&e);
             return Ok(());
         }
@@ -114,7 +114,7 @@ impl Resolver<'_> {
             Counters::add(&s.counters.copies);
             self.resolved();
         } else {
-            s.copies.forget(bytes);
+            s.copies.cancel(bytes.start);
         }
         Ok(())
     }
