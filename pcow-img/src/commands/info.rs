@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `info`: what an image is, what it takes, what it is made of and what it promises.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use pcow_format::info::Usage;
+use pcow_format::medium::Domain;
+use pcow_format::root::{self, Kind};
+use pcow_format::{Stored, holder};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::cli::Global;
+use crate::console::Console;
+use crate::failure::{Doing, Failure, one_line};
+use crate::layers::{self, LayerInfo};
+use crate::open;
+use crate::size::Bytes;
+use crate::snapshots::SnapshotInfo;
+
+/// Show what an image is, what it takes on disk, its layers, and what it promises
+#[derive(Debug, Args)]
+pub struct Info {
+    /// The image
+    image: PathBuf,
+}
+
+/// The answer of `info`. Fields that `qemu-img info` has, too, mean the same.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageInfo {
+    /// The image's directory.
+    filename: PathBuf,
+    /// Always `pcow`.
+    format: &'static str,
+    /// Version of the format.
+    format_version: u32,
+    /// Identity of the image.
+    uuid: Uuid,
+    /// Size of the disk in bytes.
+    virtual_size: u64,
+    /// Bytes that the layers take in the image's directory.
+    actual_size: u64,
+    /// Of these, bytes in files that no other image has.
+    exclusive_size: u64,
+    /// Of these, bytes in files that other images have, too.
+    shared_size: u64,
+    /// Size of the clusters in bytes.
+    cluster_size: u64,
+    /// Bytes that an allocation covers at least.
+    allocation_unit: u64,
+    /// The uppermost base that lies outside of the image's directory; absent if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<PathBuf>,
+    /// Its format, `pcow` or `raw`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<&'static str>,
+    /// Snapshots in the order of their numbers.
+    snapshots: Vec<SnapshotInfo>,
+    /// What the disk shows where the image itself was not written, uppermost first.
+    bases: Vec<BaseInfo>,
+    /// All layers.
+    layers: Vec<LayerInfo>,
+    /// `page-cache` or `dax`; null if it could not be found out.
+    persistence_domain: Option<&'static str>,
+    /// Whether what a guest has flushed through an nvdimm outlasts a power loss; null if that could not be found out.
+    guest_flush_is_durable: Option<bool>,
+    /// The process that has the image open for writing, or null.
+    in_use_by: Option<String>,
+    /// What keeps the disk from being read now.
+    problems: Vec<String>,
+    #[serde(skip)]
+    picture: Vec<String>,
+}
+
+/// A base of the active layer.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct BaseInfo {
+    /// `pcow` or `raw`.
+    format: &'static str,
+    /// How it is used.
+    usage: BaseUsage,
+    /// Where it is; null for one whose layers are in the image's own directory.
+    filename: Option<PathBuf>,
+    /// UUID of the image that adopted layers come from; null for the others.
+    image: Option<Uuid>,
+    /// How many of its layers are in the chain.
+    layers: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum BaseUsage {
+    /// Its layers are in the image's own directory: the base may be moved or deleted.
+    Adopted,
+    /// Its files are needed where they are.
+    Referenced,
+}
+
+const PURPOSE: &str = "cannot show";
+
+impl Info {
+    /// Shows the image.
+    pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+        let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
+        let info = ImageInfo::new(&stored, &self.image)
+            .doing(|| format!("{PURPOSE} {}", self.image.display()))?;
+        console.show(&info)
+    }
+}
+
+impl ImageInfo {
+    fn new(stored: &Stored, path: &Path) -> pcow_format::Result<Self> {
+        let root = stored.root();
+        let active = root.active_layer()?;
+        let bases = bases(stored)?;
+        let outside = bases.iter().find(|b| b.usage == BaseUsage::Referenced);
+        let layers: Vec<_> = root
+            .layers
+            .iter()
+            .map(|layer| layers::describe(stored, layer, path))
+            .collect();
+        let usage = total(&layers);
+        let domain = stored.domain().ok();
+        Ok(Self {
+            filename: path.to_owned(),
+            format: "pcow",
+            format_version: root.version,
+            uuid: root.uuid,
+            virtual_size: active.virtual_size,
+            actual_size: usage.total(),
+            exclusive_size: usage.exclusive,
+            shared_size: usage.shared,
+            cluster_size: active.cluster_size,
+            allocation_unit: root.allocation_unit,
+            backing_filename: outside.and_then(|b| b.filename.clone()),
+            backing_filename_format: outside.map(|b| b.format),
+            snapshots: root.snapshots.iter().map(SnapshotInfo::from).collect(),
+            persistence_domain: domain.map(Domain::name),
+            guest_flush_is_durable: domain.map(|d| d == Domain::Dax),
+            in_use_by: holder(stored.directory())?,
+            problems: problems(stored),
+            picture: layers::draw_all(stored, &layers),
+            bases,
+            layers,
+        })
+    }
+}
+
+fn total(layers: &[LayerInfo]) -> Usage {
+    let usage = |l: &LayerInfo| Usage {
+        exclusive: l.exclusive_size.unwrap_or(0),
+        shared: l.shared_size.unwrap_or(0),
+    };
+    layers
+        .iter()
+        .map(usage)
+        .fold(Usage::default(), |a, b| a + b)
+}
+
+/// What opening the disk would meet.
+fn problems(stored: &Stored) -> Vec<String> {
+    let error = stored.chain(stored.root().active).err();
+    let line = |e: pcow_format::Error| match e.advice() {
+        Some(advice) => format!("{}; {advice}", one_line(&e)),
+        None => one_line(&e),
+    };
+    error.into_iter().map(line).collect()
+}
+
+/// The bases of the active layer: neighbouring layers of one origin make one.
+fn bases(stored: &Stored) -> pcow_format::Result<Vec<BaseInfo>> {
+    let mut bases: Vec<BaseInfo> = Vec::new();
+    for layer in stored.root().chain(stored.root().active)? {
+        let Some(base) = base_of(stored, layer) else {
+            continue;
+        };
+        let place = |b: &BaseInfo| (b.usage, b.filename.clone(), b.image);
+        match bases.last_mut() {
+            Some(last) if place(last) == place(&base) => last.layers += 1,
+            _ => bases.push(base),
+        }
+    }
+    Ok(bases)
+}
+
+/// The base that `layer` comes from; `None` for what was made in this image.
+fn base_of(stored: &Stored, layer: &root::Layer) -> Option<BaseInfo> {
+    let image = stored.origin(layer).ok().flatten();
+    let base = |format, usage, filename| BaseInfo {
+        format,
+        usage,
+        filename,
+        image,
+        layers: 1,
+    };
+    match &layer.kind {
+        Kind::Own if image.is_none_or(|i| i == stored.root().uuid) => None,
+        Kind::Own => Some(base("pcow", BaseUsage::Adopted, None)),
+        Kind::Reference { directory } => {
+            let directory = Some(directory.clone());
+            Some(base("pcow", BaseUsage::Referenced, directory))
+        }
+        Kind::Raw { path, .. } => Some(base("raw", BaseUsage::Referenced, Some(path.clone()))),
+    }
+}
+
+/// What the persistence domain means, in full.
+fn promises(info: &ImageInfo) -> &'static [&'static str] {
+    match info.guest_flush_is_durable {
+        Some(true) => &[
+            "DAX",
+            "- the crash of a process loses nothing",
+            "- what the guest has flushed outlasts a power loss",
+        ],
+        Some(false) => &[
+            "page cache",
+            "- the crash of a process, QEMU or the backend, loses nothing",
+            "- a power loss loses what was written since the last flush on the host",
+            "- the guest's own flushes through an nvdimm are not power-fail safe",
+        ],
+        None => &["not known: the image's files cannot be opened for writing"],
+    }
+}
+
+impl fmt::Display for ImageInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, text: &dyn fmt::Display| writeln!(f, "{name:<17} {text}");
+        row("image:", &self.filename.display())?;
+        row(
+            "format:",
+            &format_args!("pcow, version {}", self.format_version),
+        )?;
+        let size = self.virtual_size;
+        row(
+            "virtual size:",
+            &format_args!("{} ({size} bytes)", Bytes(size)),
+        )?;
+        let (exclusive, shared) = (Bytes(self.exclusive_size), Bytes(self.shared_size));
+        let total = Bytes(self.actual_size);
+        let parts = format_args!("{total} ({exclusive} exclusive, {shared} shared)").to_string();
+        row("size on disk:", &parts)?;
+        row("cluster size:", &Bytes(self.cluster_size))?;
+        row("allocation unit:", &Bytes(self.allocation_unit))?;
+        for (index, base) in self.bases.iter().enumerate() {
+            row(if index == 0 { "base:" } else { "" }, base)?;
+        }
+        for (index, line) in promises(self).iter().enumerate() {
+            row(if index == 0 { "persistence:" } else { "" }, line)?;
+        }
+        row("in use by:", &self.in_use_by.as_deref().unwrap_or("nobody"))?;
+        for problem in &self.problems {
+            row("problem:", problem)?;
+        }
+        row("layers:", &"(the active one on top)")?;
+        self.picture
+            .iter()
+            .try_for_each(|line| writeln!(f, "  {line}"))
+    }
+}
+
+impl fmt::Display for BaseInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let layers = match self.layers {
+            1 => "1 layer".to_owned(),
+            n => format!("{n} layers"),
+        };
+        match (&self.filename, self.image) {
+            (Some(path), _) if self.format == "raw" => write!(f, "raw file {}", path.display()),
+            (Some(path), _) => write!(f, "{layers} of the image {}", path.display()),
+            (None, Some(image)) => write!(f, "{layers} of the image {image}, kept in this image"),
+            (None, None) => write!(f, "{layers} of an unknown image"),
+        }
+    }
+}

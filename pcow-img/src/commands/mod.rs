@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The commands, one file each: arguments, what is done, and what is printed.
+
+mod check;
+mod create;
+mod info;
+mod list;
+mod map;
+mod rebase;
+mod rollback;
+mod snapshot;
+
+use clap::Subcommand;
+
+use crate::cli::Cli;
+use crate::console::Console;
+use crate::failure::{Failure, Status};
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Create(create::Create),
+    Info(info::Info),
+    List(list::List),
+    Snapshot(snapshot::Snapshot),
+    Rollback(rollback::Rollback),
+    Rebase(rebase::Rebase),
+    Map(map::Map),
+    Check(check::Check),
+}
+
+impl Command {
+    /// Whether there is a command of this name.
+    pub fn exists(name: &str) -> bool {
+        Self::has_subcommand(name)
+    }
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// One line that says what was refused or went wrong.
+pub fn run(cli: Cli) -> Result<Status, Failure> {
+    let global = &cli.global;
+    let mut console = Console::new(global.output, global.quiet);
+    match cli.command {
+        Command::Create(c) => c.run(global, &mut console),
+        Command::Info(c) => c.run(global, &mut console),
+        Command::List(c) => c.run(global, &mut console),
+        Command::Snapshot(c) => c.run(global, &mut console),
+        Command::Rollback(c) => c.run(global, &mut console),
+        Command::Rebase(c) => c.run(global, &mut console),
+        Command::Map(c) => c.run(global, &mut console),
+        Command::Check(c) => return c.run(global, &mut console),
+    }?;
+    Ok(Status::Ok)
+}

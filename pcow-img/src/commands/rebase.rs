@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `rebase`: the image gets another base.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use pcow_format::ops::{Base, NewBase, RebaseMode};
+use pcow_format::{ErrorKind, Image};
+use serde::Serialize;
+
+use crate::base::{self, BaseOptions};
+use crate::cli::Global;
+use crate::console::Console;
+use crate::failure::{Doing, Failure};
+use crate::open;
+use crate::size::Bytes;
+
+/// Put an image on another base, or on none
+///
+/// The disk shows the same bytes as before, unless --unsafe is given: what the new base shows differently is first
+/// written into the image. Snapshots keep the layers that they have. The image must not be in use.
+///
+/// With 'none' or '' instead of a base the image becomes independent: it gets all that it needs of its base. (An image
+/// called none is written ./none.)
+#[derive(Debug, Args)]
+pub struct Rebase {
+    /// The image
+    image: PathBuf,
+
+    /// The new base: IMAGE, IMAGE@SNAPSHOT, a raw file, or none
+    base: OsString,
+
+    #[command(flatten)]
+    base_options: BaseOptions,
+
+    /// Only change the link: the disk shows the new base's bytes where the image has none of its own
+    #[arg(long = "unsafe")]
+    is_unsafe: bool,
+}
+
+/// What `rebase` did.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Done {
+    /// The image's directory.
+    filename: PathBuf,
+    /// The new base as it was given, or null for none.
+    base: Option<PathBuf>,
+    /// Whether the disk shows the same bytes as before for certain.
+    safe: bool,
+    /// Bytes that were written into the image to keep what the disk shows.
+    written_size: u64,
+    /// Bytes of the new base that had to be copied.
+    copied_size: u64,
+    /// Name of the snapshot of the new base that was made to fix its present state, or null.
+    sealed_base_as: Option<String>,
+}
+
+const PURPOSE: &str = "cannot rebase";
+
+impl Rebase {
+    /// Changes the base.
+    pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+        let name = file_name(&self.image)?;
+        // What can be refused is, before anything is locked or sealed.
+        open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
+        let new = NewBase {
+            base: self.new_base(&global.base_dirs)?,
+            mode: if self.is_unsafe {
+                RebaseMode::Unsafe
+            } else {
+                RebaseMode::Safe
+            },
+        };
+        let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
+        let done = self.rebase(&mut image, &new, &name)?;
+        console.confirm(&done)
+    }
+
+    fn new_base(&self, base_dirs: &[PathBuf]) -> Result<Option<Base>, Failure> {
+        if self.base.is_empty() || self.base == "none" {
+            return Ok(None);
+        }
+        let base = base::find(&self.base, &self.base_options, base_dirs)?;
+        if let Base::Image { path, snapshot, .. } = &base
+            && snapshot.is_none()
+            && same_directory(path, &self.image)
+        {
+            let what = "an image cannot be its own base; a snapshot of it can: IMAGE@SNAPSHOT";
+            return Err(Failure::usage(what));
+        }
+        Ok(Some(base))
+    }
+
+    fn rebase(&self, image: &mut Image, new: &NewBase, name: &str) -> Result<Done, Failure> {
+        let rebased = image.rebase(new, name);
+        let locked = matches!(&rebased, Err(e) if e.kind() == ErrorKind::Locked);
+        let rebased = rebased.doing(|| {
+            let base = self.base.display();
+            format!("{PURPOSE} {} on '{base}'", self.image.display())
+        });
+        let rebased = rebased.map_err(|f| {
+            if locked {
+                f.advising("stop that process, or give a snapshot of it: IMAGE@SNAPSHOT")
+            } else {
+                f
+            }
+        })?;
+        Ok(Done {
+            filename: self.image.clone(),
+            base: new.base.is_some().then(|| PathBuf::from(&self.base)),
+            safe: !self.is_unsafe,
+            written_size: rebased.written_bytes,
+            copied_size: rebased.copied_bytes,
+            sealed_base_as: rebased.sealed_base_as,
+        })
+    }
+}
+
+/// The image's own name, also if it was given as `.`.
+fn file_name(path: &Path) -> Result<String, Failure> {
+    let full = path.canonicalize();
+    let full = full.as_deref().unwrap_or(path);
+    let name = full.file_name().and_then(OsStr::to_str);
+    let no_name = || Failure::usage(format!("{} is not the name of an image", path.display()));
+    name.map(str::to_owned).ok_or_else(no_name)
+}
+
+fn same_directory(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let image = self.filename.display();
+        match &self.base {
+            Some(base) => writeln!(f, "{image}: its base is now {}", base.display())?,
+            None => writeln!(f, "{image}: independent of any base now")?,
+        }
+        if let Some(name) = &self.sealed_base_as {
+            writeln!(f, "the base's present state is now its snapshot '{name}'")?;
+        }
+        if self.safe {
+            let written = Bytes(self.written_size);
+            writeln!(
+                f,
+                "the disk shows what it showed; {written} written for that"
+            )?;
+        }
+        if self.copied_size > 0 {
+            let copied = Bytes(self.copied_size);
+            writeln!(
+                f,
+                "copied {copied} of the base, which is on another filesystem"
+            )?;
+        }
+        Ok(())
+    }
+}

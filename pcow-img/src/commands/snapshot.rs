@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `snapshot`: fixes what the disk shows now.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::cli::Global;
+use crate::console::Console;
+use crate::failure::{Doing, Failure};
+use crate::open;
+use crate::snapshots::SnapshotInfo;
+
+/// Take a snapshot of an image that is not in use
+#[derive(Debug, Args)]
+pub struct Snapshot {
+    /// The image
+    image: PathBuf,
+
+    /// Name of the snapshot [default: snapshot-NUMBER]; digits alone are a number, not a name
+    name: Option<String>,
+}
+
+/// What `snapshot` made.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Taken {
+    /// The image's directory.
+    filename: PathBuf,
+    /// The new snapshot.
+    snapshot: SnapshotInfo,
+}
+
+const PURPOSE: &str = "cannot take a snapshot of";
+
+impl Snapshot {
+    /// Takes the snapshot.
+    pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+        let context = || format!("{PURPOSE} {}", self.image.display());
+        let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
+        if let Some(name) = &self.name {
+            // On a copy, before anything is locked: a refused command changes nothing.
+            let mut root = stored.root().clone();
+            root.add_snapshot(name, root.active, 0).doing(context)?;
+        }
+        let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
+        let number = image.snapshot(self.name.as_deref()).doing(context)?;
+        let taken = image.root().snapshot(&number.to_string()).doing(context)?;
+        let snapshot = SnapshotInfo::from(taken);
+        console.confirm(&Taken {
+            filename: self.image,
+            snapshot,
+        })
+    }
+}
+
+impl fmt::Display for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (image, s) = (self.filename.display(), &self.snapshot);
+        writeln!(f, "{image}: took snapshot {} '{}'", s.id, s.name)
+    }
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A directory to work in, and ways to run the tool in it that tell everything when something is not as expected.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use pcow_format::{Image, LOCK_FILE, Stored, data_name};
+use serde_json::Value;
+
+pub const MIB: u64 = 1 << 20;
+
+/// What a file of an image is: kind and mode, inode, links, length, blocks, and its bytes.
+type FileState = (u32, u64, u64, u64, u64, Vec<u8>);
+
+pub struct Sandbox(tempfile::TempDir);
+
+impl Sandbox {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs the tool in this directory.
+    pub fn run(&self, args: &[&str]) -> Finished {
+        let output = Command::new(env!("CARGO_BIN_EXE_pcow-img"))
+            .args(args)
+            .current_dir(self.0.path())
+            .output()
+            .unwrap();
+        let call = format!("pcow-img {}", args.join(" "));
+        Finished { call, output }
+    }
+
+    /// Runs the tool, which must succeed without a word on standard error; returns its output.
+    #[track_caller]
+    pub fn ok(&self, args: &[&str]) -> String {
+        let finished = self.run(args);
+        finished.expect(
+            finished.code() == 0 && finished.stderr().is_empty(),
+            "success",
+        );
+        finished.stdout()
+    }
+
+    /// As [`Sandbox::ok`] with `--output json`; returns what the output says.
+    #[track_caller]
+    pub fn json(&self, args: &[&str]) -> Value {
+        let finished = self.run(&[args, &["--output", "json"]].concat());
+        finished.expect(
+            finished.code() == 0 && finished.stderr().is_empty(),
+            "success",
+        );
+        finished.json()
+    }
+
+    /// Runs the tool, which must refuse with this exit code and one line that says all of `parts`, print nothing else,
+    /// and leave every byte below this directory as it was, but for the text of locks.
+    #[track_caller]
+    pub fn refused(&self, args: &[&str], code: i32, parts: &[&str]) {
+        let before = self.state();
+        let finished = self.run(args);
+        finished.expect(finished.code() == code, &format!("exit code {code}"));
+        finished.expect(finished.stdout().is_empty(), "nothing on standard output");
+        let line = finished.stderr();
+        finished.expect(line.starts_with("pcow-img: "), "its name in front");
+        finished.expect(line.trim_end().lines().count() == 1, "one line");
+        for part in parts {
+            finished.expect(line.contains(part), &format!("'{part}' in the line"));
+        }
+        let after = self.state();
+        let names = |s: &BTreeMap<_, _>| s.keys().cloned().collect::<Vec<PathBuf>>();
+        finished.expect(names(&before) == names(&after), "the same files as before");
+        for (name, state) in &before {
+            let same = *state == after[name];
+            finished.expect(same, &format!("{} as it was", name.display()));
+        }
+    }
+
+    /// Every file below this directory.
+    pub fn state(&self) -> BTreeMap<PathBuf, FileState> {
+        let mut state = BTreeMap::new();
+        let mut todo = vec![self.0.path().to_owned()];
+        while let Some(dir) = todo.pop() {
+            for entry in std::fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                state.insert(path.clone(), file_state(&path));
+                if path.is_dir() {
+                    todo.push(path);
+                }
+            }
+        }
+        state
+    }
+
+    /// Storage that the files of an image take, by the filesystem's own account.
+    pub fn allocated(&self, image: &str) -> u64 {
+        let entries = std::fs::read_dir(self.path(image)).unwrap();
+        entries
+            .map(|e| e.unwrap().metadata().unwrap().blocks() * 512)
+            .sum()
+    }
+
+    /// Changes the text of an image's root, and signs it again if `sign`.
+    pub fn edit_root(&self, image: &str, sign: bool, edit: impl Fn(&str) -> String) {
+        let path = self.path(image).join("image.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut text = edit(&text).into_bytes();
+        if sign {
+            let digits = CHECKSUM_OFFSET..CHECKSUM_OFFSET + 8;
+            text[digits.clone()].fill(b'0');
+            let sum = format!("{:08x}", crc32c::crc32c(&text));
+            text[digits].copy_from_slice(sum.as_bytes());
+        }
+        std::fs::write(path, text).unwrap();
+    }
+
+    pub fn image(&self, name: &str) -> Image {
+        Image::open(&self.path(name), &[]).unwrap()
+    }
+
+    pub fn active_data(&self, name: &str) -> PathBuf {
+        let active = Stored::open(&self.path(name), &[]).unwrap().root().active;
+        self.path(name).join(data_name(active))
+    }
+
+    /// Stores `byte` at `offset` the way a guest does, and makes it durable.
+    pub fn store(&self, name: &str, offset: u64, byte: u8) {
+        let image = self.image(name);
+        store(&image, offset, byte);
+        image.flush().unwrap();
+    }
+
+    /// The byte that a guest would read at `offset`.
+    pub fn load(&self, name: &str, offset: u64) -> u8 {
+        let mut buf = [0xee];
+        self.image(name).read(offset, &mut buf).unwrap();
+        buf[0]
+    }
+}
+
+/// Offset of the checksum's digits in `image.json`: behind `{\n  "pcow": "image",\n  "checksum": "`.
+const CHECKSUM_OFFSET: usize = 36;
+
+pub fn store(image: &Image, offset: u64, byte: u8) {
+    let cluster = image.cluster_size().cluster_at(offset);
+    image
+        .make_writable(cluster.only(), &mut Vec::new())
+        .unwrap();
+    let file = image.active().data_file().as_real().unwrap();
+    file.write_all_at(&[byte], offset).unwrap();
+}
+
+/// The text in a lock file names whoever held it last, for messages; taking the lock is all it takes to change it.
+fn file_state(path: &Path) -> FileState {
+    let m = std::fs::symlink_metadata(path).unwrap();
+    if path.file_name() == Some(LOCK_FILE.as_ref()) {
+        return (m.mode(), m.ino(), m.nlink(), 0, 0, Vec::new());
+    }
+    let content = if m.is_file() {
+        std::fs::read(path).unwrap()
+    } else {
+        Vec::new()
+    };
+    let blocks = m.blocks();
+    (m.mode(), m.ino(), m.nlink(), m.len(), blocks, content)
+}
+
+/// A run of the tool that is over.
+pub struct Finished {
+    call: String,
+    output: Output,
+}
+
+impl Finished {
+    pub fn code(&self) -> i32 {
+        self.output.status.code().unwrap_or(-1)
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8(self.output.stdout.clone()).unwrap()
+    }
+
+    pub fn stderr(&self) -> String {
+        String::from_utf8(self.output.stderr.clone()).unwrap()
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        let value = serde_json::from_slice(&self.output.stdout);
+        self.expect(value.is_ok(), "JSON on standard output");
+        value.unwrap()
+    }
+
+    #[track_caller]
+    pub fn expect(&self, condition: bool, what: &str) {
+        assert!(
+            condition,
+            "expected {what} of\n  {}\nwhich ended with {}\n--- standard output\n{}--- standard error\n{}---",
+            self.call,
+            self.output.status,
+            self.stdout(),
+            self.stderr(),
+        );
+    }
+}

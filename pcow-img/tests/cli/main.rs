@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The tool as users run it: the real program, on images on the real filesystem.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod changing;
+mod creating;
+mod deep;
+mod harness;
+mod refusing;
+mod showing;
