@@ -87,7 +87,11 @@ impl GuestRegion {
         uffd: Uffd,
         lock: Option<OwnedFd>,
     ) -> Result<Self> {
-        let underlay = Underlay::make(&uffd, size, alignment, access)?;
+        let place = Place {
+            alignment,
+            guard: rustix::param::page_size(),
+        };
+        let underlay = Underlay::make(&uffd, size, place, access)?;
         Ok(Self {
             underlay,
             uffd,
@@ -140,7 +144,11 @@ impl GuestRegion {
         let (address, len) = self
             .locate(range)
             .map_err(|e| Error::io("restore the trap", e))?;
-        let piece = Underlay::make(&self.uffd, len, rustix::param::page_size(), self.access)?;
+        let place = Place {
+            alignment: rustix::param::page_size(),
+            guard: 0,
+        };
+        let piece = Underlay::make(&self.uffd, len, place, self.access)?;
         piece
             .move_to(address)
             .map_err(|e| Error::io(format!("move {len} bytes of trap"), e))
@@ -218,18 +226,29 @@ pub(super) fn try_scratch(file: BorrowedFd<'_>, mode: FileMode) -> std::result::
     unsafe { munmap(scratch, page) }
 }
 
-/// An anonymous range of trap that belongs to this value.
+/// Where an underlay goes.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Its address is a multiple of this.
+    alignment: usize,
+    /// Inaccessible bytes on either side. Without them a piece that the kernel puts right beside the region would merge
+    /// with it, keep the page offset of that place, and never merge where it is moved to.
+    guard: usize,
+}
+
+/// An anonymous range of trap, and the guard around it, that belong to this value.
 #[derive(Debug)]
 struct Underlay {
     base: *mut c_void,
     len: usize,
+    guard: usize,
 }
 
 impl Underlay {
     /// Makes a trap. Inaccessible until it is registered: under `mlockall` new accessible memory would be filled with
     /// zeros at once. Never merged (that removes write protection), never huge, not in core dumps, not in forked children.
-    fn make(uffd: &Uffd, len: usize, alignment: usize, access: Access) -> Result<Self> {
-        let underlay = Self::reserve(len, alignment)
+    fn make(uffd: &Uffd, len: usize, place: Place, access: Access) -> Result<Self> {
+        let underlay = Self::reserve(len, place)
             .map_err(|e| Error::io(format!("reserve {len} bytes of address space"), e))?;
         underlay
             .advise()
@@ -242,20 +261,23 @@ impl Underlay {
     }
 
     /// Reserves inaccessible addresses; what is too much for the alignment is given back.
-    fn reserve(len: usize, alignment: usize) -> std::result::Result<Self, Errno> {
+    fn reserve(len: usize, place: Place) -> std::result::Result<Self, Errno> {
+        let Place { alignment, guard } = place;
         let slack = alignment - rustix::param::page_size();
-        let total = len.checked_add(slack).ok_or(Errno::NOMEM)?;
+        let kept = len.checked_add(2 * guard).ok_or(Errno::NOMEM)?;
+        let total = kept.checked_add(slack).ok_or(Errno::NOMEM)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: no address is given, so the kernel takes a free one; nothing that exists is replaced.
         let start = unsafe { mmap_anonymous(ptr::null_mut(), total, ProtFlags::empty(), flags) }?;
-        let head = start.addr().next_multiple_of(alignment) - start.addr();
-        let reserved = Self {
-            base: start.wrapping_byte_add(head),
-            len,
-        };
+        let first = start.addr() + guard;
+        let head = first.next_multiple_of(alignment) - first;
         release(start, head);
-        release(reserved.base.wrapping_byte_add(len), slack - head);
-        Ok(reserved)
+        release(start.wrapping_byte_add(head + kept), slack - head);
+        Ok(Self {
+            base: start.wrapping_byte_add(head + guard),
+            len,
+            guard,
+        })
     }
 
     fn advise(&self) -> std::result::Result<(), Errno> {
@@ -288,7 +310,10 @@ impl Underlay {
 
 impl Drop for Underlay {
     fn drop(&mut self) {
-        release(self.base, self.len);
+        release(
+            self.base.wrapping_byte_sub(self.guard),
+            self.len + 2 * self.guard,
+        );
     }
 }
 

@@ -128,6 +128,65 @@ fn unmap_gives_the_mappings_back() {
 }
 
 #[test]
+fn unmap_gives_the_mappings_back_beside_read_copies() {
+    let data = file();
+    let (frontend, mut backend) = attach(region(0), &[&data]);
+    assert_eq!(backend.copy(CLUSTER, &[1; 4096]), CopyOutcome::Done);
+    for offset in (0..REGION_SIZE).step_by(131_072) {
+        assert_eq!(backend.ask(&map(offset, CLUSTER), None), Status::OK);
+    }
+    for offset in (0..REGION_SIZE).step_by(131_072) {
+        let unmap = BackendRequest::Unmap(range(offset, CLUSTER));
+        assert_eq!(backend.ask(&unmap, None), Status::OK);
+    }
+    assert_eq!(mappings(frontend.region()), 1);
+}
+
+/// Pieces of trap that got read copies while they stood between mappings have histories of their own, and the kernel
+/// does not merge them. An UNMAP that takes them in makes one fresh piece.
+#[test]
+fn an_unmap_up_to_the_next_mappings_leaves_one_trap_whatever_was_read_there() {
+    let data = file();
+    let (frontend, mut backend) = attach(region(0), &[&data]);
+    for offset in (0..REGION_SIZE).step_by(131_072) {
+        assert_eq!(backend.ask(&map(offset, CLUSTER), None), Status::OK);
+    }
+    for offset in (CLUSTER..REGION_SIZE).step_by(131_072) {
+        assert_eq!(backend.copy(offset, &[1; 4096]), CopyOutcome::Done);
+    }
+    assert_eq!(mappings(frontend.region()), 64);
+    let inner = BackendRequest::Unmap(range(CLUSTER, 61 * CLUSTER));
+    assert_eq!(backend.ask(&inner, None), Status::OK);
+    assert_eq!(mappings(frontend.region()), 4); // mapped, trap, mapped, trap
+    let whole = BackendRequest::Unmap(range(0, REGION_SIZE));
+    assert_eq!(backend.ask(&whole, None), Status::OK);
+    assert_eq!(mappings(frontend.region()), 1);
+}
+
+#[test]
+fn an_inaccessible_page_stands_on_either_side_of_the_region() {
+    let (frontend, _backend) = attach(region(0), &[]);
+    let start = frontend.region().as_ptr().addr();
+    let end = start + frontend.region().len();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let inaccessible = |edge: &dyn Fn(&str, &str) -> bool| {
+        maps.lines().any(|line| {
+            let (range, rest) = line.split_once(' ').unwrap();
+            let (start, end) = range.split_once('-').unwrap();
+            edge(start, end) && rest.starts_with("---p")
+        })
+    };
+    assert!(
+        inaccessible(&|_, to| to == format!("{start:x}")),
+        "before {start:x} in\n{maps}"
+    );
+    assert!(
+        inaccessible(&|from, _| from == format!("{end:x}")),
+        "after {end:x} in\n{maps}"
+    );
+}
+
+#[test]
 fn neighbours_in_the_file_are_one_mapping() {
     let data = file();
     let (frontend, mut backend) = attach(region(0), &[&data]);
