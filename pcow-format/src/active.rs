@@ -375,7 +375,7 @@ impl Active {
             Domain::Dax => self
                 .map
                 .store_word(site, offset, word.0)
-                .and_then(|()| self.map.write_back(site, offset)),
+                .and_then(|()| self.map.write_back(Site("active.word.write_back"), offset)),
         }
         .context(|| format!("cannot write the map of layer {}", self.name))
     }
@@ -414,6 +414,26 @@ impl Active {
     fn ready(&self) -> MutexGuard<'_, Bitmap> {
         // A bit is set after the work that it speaks of, cleared before: a panic in between leaves it clear.
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes durable what a predecessor stored and did not come to fence or sync before it died: this process sees
+    /// it, and rests promises on it. A word without fence may be believed (I2), and zeros that were not synced look
+    /// like a durable hole (I1).
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(crate) fn settle_inherited(&self) -> Result<()> {
+        if self.domain == Domain::PageCache {
+            // Words of this boot are live; a flush settles data and words in their order.
+            return Ok(());
+        }
+        let context = || format!("cannot sync layer {}", self.name);
+        self.data
+            .sync_data(Site("active.open.data_sync"))
+            .context(context)?;
+        self.map
+            .sync_data(Site("active.open.map_sync"))
+            .context(context)
     }
 
     /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or a

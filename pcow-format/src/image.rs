@@ -228,6 +228,7 @@ impl Image {
             .context(|| "cannot sync the image's directory".to_owned())?;
         let stored = Stored::load(dir, env)?;
         let (active, below, recovery) = open_stack(&stored)?;
+        active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
         crate::ops::sweep(&stored)?;
         Ok(Self {
