@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 
 use pcow_format::ErrorKind;
+use rustix::io::Errno;
 
 /// Exit codes. They are part of the interface; the table in `cli` explains them to users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +146,14 @@ impl<T> Doing<T> for pcow_format::Result<T> {
 fn advice(error: &pcow_format::Error) -> Option<&'static str> {
     match error.kind() {
         ErrorKind::Exists => Some("choose another name"),
+        ErrorKind::Io if is_out_of_files(error) => {
+            Some("allow more open files with 'ulimit -n': a chain of layers takes two for each")
+        }
         _ => error.advice(),
     }
+}
+
+fn is_out_of_files(error: &pcow_format::Error) -> bool {
+    let cause = error.source().and_then(|e| e.downcast_ref::<io::Error>());
+    cause.and_then(io::Error::raw_os_error) == Some(Errno::MFILE.raw_os_error())
 }

@@ -8,9 +8,33 @@ const DEPTH: u64 = 1000;
 const USUAL_OPEN_FILES: u64 = 1024;
 
 #[test]
-fn a_chain_of_a_thousand_snapshots_can_be_made_and_looked_at() {
+fn a_chain_that_needs_more_files_than_allowed_says_so() {
+    let s = Sandbox::without_disk();
+    s.ok(&["create", "vm", "4M"]);
+    let mut image = s.image("vm");
+    for number in 1..=20 {
+        assert_eq!(image.snapshot(None).unwrap(), number);
+    }
+    drop(image);
+    let program = env!("CARGO_BIN_EXE_pcow-img");
+    let script = format!("ulimit -n 24; exec {program} map vm");
+    let limited = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(s.path("."))
+        .output()
+        .unwrap();
+    let line = String::from_utf8(limited.stderr).unwrap();
+    assert_eq!(limited.status.code(), Some(1), "{line}");
+    assert!(
+        line.contains("Too many open files") && line.contains("ulimit -n"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_chain_of_of_a_thousand_snapshots_can_be_made_and_looked_at() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let s = Sandbox::new();
+    let s = Sandbox::without_disk();
     s.ok(&["create", "vm", "64M"]);
     let given = getrlimit(Resource::Nofile);
     let maximum = given.maximum.unwrap_or(u64::MAX);

@@ -21,6 +21,11 @@ impl Sandbox {
         Self(tempfile::tempdir().unwrap())
     }
 
+    /// In memory where the machine has a place for that: for thousands of syncs whose effect is not looked at.
+    pub fn without_disk() -> Self {
+        tempfile::tempdir_in("/dev/shm").map_or_else(|_| Self::new(), Self)
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
