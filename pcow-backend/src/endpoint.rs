@@ -33,12 +33,21 @@ impl std::fmt::Debug for Endpoint {
     }
 }
 
-impl Endpoint {
-    /// Listens on `path`. A socket file that nobody listens on any more is replaced.
+/// Where an endpoint will be: checked, and nobody can connect yet unless somebody else made the socket.
+#[derive(Debug)]
+pub enum Place {
+    /// A path that a socket can be bound to.
+    Path(PathBuf),
+    /// A descriptor that is an endpoint already.
+    Ready(Endpoint),
+}
+
+impl Place {
+    /// The path to listen on.
     ///
     /// # Errors
-    /// `Usage` if the path is too long or taken.
-    pub fn listen(path: &Path) -> Result<Self, Failure> {
+    /// `Usage` if it is too long or taken.
+    pub fn path(path: &Path) -> Result<Self, Failure> {
         let bytes = path.as_os_str().len();
         if bytes > MAX_PATH_BYTES {
             return Err(Failure::usage(format!(
@@ -46,13 +55,19 @@ impl Endpoint {
                 path.display()
             )));
         }
-        remove_stale(path)?;
-        let listener = Listener::new(path, false)
-            .and_then(|l| l.set_nonblocking(true).map(|()| l))
-            .map_err(|e| {
-                Failure::new(format!("cannot listen on {}", path.display())).caused_by(&e)
-            })?;
-        Ok(Self::Listening(listener, Some(path.to_owned())))
+        is_stale(path)?;
+        Ok(Self::Path(path.to_owned()))
+    }
+
+    /// Begins to listen. A socket file that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// `Usage` if the path was taken meanwhile.
+    pub fn open(self) -> Result<Endpoint, Failure> {
+        match self {
+            Self::Path(path) => listen(path),
+            Self::Ready(endpoint) => Ok(endpoint),
+        }
     }
 
     /// Takes the descriptor `fd`, a listening or a connected socket.
@@ -69,7 +84,7 @@ impl Endpoint {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let listening = socket_acceptconn(fd.as_fd()).map_err(|e| bad(e.into()))?;
         if !listening {
-            return Ok(Self::Connected(UnixStream::from(fd)));
+            return Ok(Self::Ready(Endpoint::Connected(UnixStream::from(fd))));
         }
         use std::os::fd::IntoRawFd;
         // SAFETY: `fd` is an open listening socket, and its ownership moves here.
@@ -77,13 +92,27 @@ impl Endpoint {
         listener
             .set_nonblocking(true)
             .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
-        Ok(Self::Listening(listener, None))
+        Ok(Self::Ready(Endpoint::Listening(listener, None)))
     }
 }
 
-fn remove_stale(path: &Path) -> Result<(), Failure> {
+fn listen(path: PathBuf) -> Result<Endpoint, Failure> {
+    if is_stale(&path)? {
+        log::info!("replacing the stale socket {}", path.display());
+        std::fs::remove_file(&path).map_err(|e| {
+            Failure::new(format!("cannot replace {}", path.display())).caused_by(&e)
+        })?;
+    }
+    let listener = Listener::new(&path, false)
+        .and_then(|l| l.set_nonblocking(true).map(|()| l))
+        .map_err(|e| Failure::new(format!("cannot listen on {}", path.display())).caused_by(&e))?;
+    Ok(Endpoint::Listening(listener, Some(path)))
+}
+
+/// Whether a socket file stands at `path` that nobody listens on any more; an error if anything else does.
+fn is_stale(path: &Path) -> Result<bool, Failure> {
     let Ok(meta) = path.symlink_metadata() else {
-        return Ok(());
+        return Ok(false);
     };
     if !meta.file_type().is_socket() {
         let what = format!(
@@ -93,12 +122,7 @@ fn remove_stale(path: &Path) -> Result<(), Failure> {
         return Err(Failure::usage(what));
     }
     match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            log::info!("replacing the stale socket {}", path.display());
-            std::fs::remove_file(path).map_err(|e| {
-                Failure::new(format!("cannot replace {}", path.display())).caused_by(&e)
-            })
-        }
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
         _ => Err(Failure::usage(format!(
             "a process already listens on {}; stop it or choose another path",
             path.display()

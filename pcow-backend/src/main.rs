@@ -28,7 +28,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use cli::Cli;
 use connection::Offer;
 use disk::{Disk, ReadOnlyDisk, WritableDisk};
-use endpoint::Endpoint;
+use endpoint::{Endpoint, Place};
 use failure::{EXIT_USAGE, Failure};
 use server::Server;
 use service::Budgets;
@@ -66,13 +66,14 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     let signals =
         Signals::block().map_err(|e| Failure::new("cannot handle signals").caused_by(&e))?;
     raise_descriptor_limit();
-    // Everything that can be wrong with the image is wrong before anything is served.
-    let disk = open(image, cli)?;
-    let endpoint = match (&cli.socket, cli.fd) {
-        (Some(path), _) => Endpoint::listen(path)?,
-        (None, Some(fd)) => Endpoint::from_fd(fd)?,
+    // A socket that cannot be used leaves the image untouched; an image that cannot be used is never served.
+    let place = match (&cli.socket, cli.fd) {
+        (Some(path), _) => Place::path(path)?,
+        (None, Some(fd)) => Place::from_fd(fd)?,
         (None, None) => return Err(Failure::usage("--socket or --fd is missing")),
     };
+    let disk = open(image, cli)?;
+    let endpoint = place.open()?;
     let offer = Offer {
         disk,
         budgets: Budgets {

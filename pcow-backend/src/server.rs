@@ -75,7 +75,7 @@ impl Server {
             }
             if let (true, Endpoint::Listening(listener, _)) = (woken.listener, endpoint) {
                 match listener.accept() {
-                    Ok(Some(stream)) => self.connect(stream)?,
+                    Ok(Some(stream)) => self.admit(stream),
                     Ok(None) => {}
                     Err(e) => log::warn!("cannot accept a connection: {}", chain(&e)),
                 }
@@ -91,11 +91,16 @@ impl Server {
         }
     }
 
-    fn connect(&self, stream: UnixStream) -> Result<(), Failure> {
+    /// Serves a connection that came in. One that cannot be served costs nobody but its peer.
+    fn admit(&self, stream: UnixStream) {
         if self.reap() >= MAX_CONNECTIONS {
             log::warn!("a connection was refused: there are {MAX_CONNECTIONS} already");
-            return Ok(());
+        } else if let Err(e) = self.connect(stream) {
+            log::warn!("a connection was refused: {e}");
         }
+    }
+
+    fn connect(&self, stream: UnixStream) -> Result<(), Failure> {
         let to_end = stream
             .try_clone()
             .map_err(|e| Failure::new("cannot duplicate a socket").caused_by(&e))?;

@@ -28,6 +28,8 @@ const REGISTER_DEADLINE: Duration = Duration::from_secs(10);
 struct Desk {
     reader: Reader<BackendReply>,
     events: EventBuffer,
+    /// When what has stalled is tried again; `None` while nothing has.
+    retry_at: Option<Instant>,
 }
 
 /// The reading side of a session.
@@ -49,6 +51,7 @@ impl Leader {
         let desk = Desk {
             reader: Reader::default(),
             events: EventBuffer::default(),
+            retry_at: None,
         };
         Ok(Self {
             shared,
@@ -101,7 +104,7 @@ impl Leader {
 
     fn look(&self, desk: &mut Desk) -> Result<()> {
         let s = &self.shared;
-        let patience = (s.board.stalled() > 0).then_some(RETRY);
+        let patience = self.retry_stalled(&mut desk.retry_at);
         let ready = self.wait(patience)?;
         if s.channel.is_waiting() {
             s.channel.flush()?;
@@ -115,10 +118,24 @@ impl Leader {
             for event in s.uffd.read_events(&mut desk.events)? {
                 self.post(event);
             }
-        } else if patience.is_some() {
-            s.board.retry_stalled();
         }
         Ok(())
+    }
+
+    /// Queues what has stalled again when it is time, however much else there is to do; returns how long until then.
+    fn retry_stalled(&self, retry_at: &mut Option<Instant>) -> Option<Duration> {
+        if self.shared.board.stalled() == 0 {
+            *retry_at = None;
+            return None;
+        }
+        let now = Instant::now();
+        let at = *retry_at.get_or_insert(now + RETRY);
+        if at > now {
+            return Some(at - now);
+        }
+        self.shared.board.retry_stalled();
+        *retry_at = Some(now + RETRY);
+        Some(RETRY)
     }
 
     fn wait(&self, patience: Option<Duration>) -> Result<Ready> {

@@ -2,6 +2,7 @@
 //! One fault, from the look-up to its answer, inside its claim (F1).
 
 use std::ops::Range;
+use std::time::Duration;
 
 use pcow_protocol::uffd::{CopyMode, CopyOutcome};
 use pcow_protocol::{Error, ErrorKind, Result};
@@ -15,6 +16,8 @@ use crate::disk::{Access, Answer, FileKey, Scratch};
 const PAGE_BYTES: usize = 4096;
 /// How many runs may be found busy before the budget is overdrawn by one.
 const MAX_BUSY_VICTIMS: usize = 8;
+/// About as long as a frontend needs to move a piece of trap.
+const MOVE_PAUSE: Duration = Duration::from_micros(50);
 
 /// The work of one thread of the crew, until the session ends.
 pub(super) fn work(shared: &Shared, leader: &Leader) {
@@ -51,7 +54,7 @@ impl Resolver<'_> {
         match s.channel.mapped(self.fault.offset) {
             Mapped::No => {}
             // The wake-up that comes with the mapping is still ahead of the waiting thread.
-            Mapped::Ordered => return Ok(()),
+            Mapped::Ordered => return self.wake_companions(),
             // The event is older than the mapping; a wake-up too many does no harm.
             Mapped::Yes => return self.wake(),
         }
@@ -81,7 +84,7 @@ impl Resolver<'_> {
             s.preparer.allocated(bytes);
         }
         self.resolved();
-        Ok(())
+        self.wake_companions()
     }
 
     fn make_room_for_a_run(&self) -> Result<()> {
@@ -113,10 +116,11 @@ impl Resolver<'_> {
         if self.install(bytes.start, buf)? {
             Counters::add(&s.counters.copies);
             self.resolved();
+            self.wake_companions()
         } else {
             s.copies.cancel(bytes.start);
+            Ok(())
         }
-        Ok(())
     }
 
     /// Waits until there is room for the read copy; false if the session ends first.
@@ -164,8 +168,10 @@ impl Resolver<'_> {
                     done += PAGE_BYTES;
                     skipped = true;
                 }
-                // What was read may be stale by now (F3): the fault comes again with all its consequences.
+                // What was read may be stale by now (F3): the fault comes again with all its consequences, after the
+                // frontend's move had time to end. Without the pause the tries would keep the processor from it.
                 CopyOutcome::Again => {
+                    std::thread::sleep(MOVE_PAUSE);
                     s.board.post(self.fault);
                     return Ok(false);
                 }
@@ -188,6 +194,16 @@ impl Resolver<'_> {
             self.wake()?;
         }
         Ok(true)
+    }
+
+    /// Faults of one unit are parked as one. Read-only, an answer may cover a part of the unit only: whoever waits in the
+    /// rest of it must report again.
+    fn wake_companions(&self) -> Result<()> {
+        if self.shared.disk.read_only() {
+            self.wake()
+        } else {
+            Ok(())
+        }
     }
 
     fn wake(&self) -> Result<()> {
