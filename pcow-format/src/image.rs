@@ -230,6 +230,9 @@ impl Image {
         let (active, below, recovery) = open_stack(&stored)?;
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
+        if let Some(lock) = &lock {
+            lock.record_holder();
+        }
         crate::ops::sweep(&stored)?;
         Ok(Self {
             stored,

@@ -28,7 +28,7 @@ const MAX_HOLDER_BYTES: usize = 256;
 #[derive(Debug)]
 pub struct ImageLock {
     in_use: File,
-    _serving: Option<File>,
+    serving: Option<File>,
 }
 
 impl ImageLock {
@@ -54,11 +54,18 @@ impl ImageLock {
             return Ok(None);
         };
         lock(&in_use, libc::F_WRLCK, IN_USE)?;
-        record_holder(&serving).context(|| "cannot write the lock file".to_owned())?;
         Ok(Some(Self {
             in_use,
-            _serving: Some(serving),
+            serving: Some(serving),
         }))
+    }
+
+    /// Leaves a text that names this process, for people and messages only.
+    pub(crate) fn record_holder(&self) {
+        if let Some(file) = &self.serving {
+            // Nothing relies on the text, and a full filesystem is no reason not to open an image.
+            let _ = record_holder(file);
+        }
     }
 
     /// Keeps writers out while the image is served for reading; any number of readers may hold this.
@@ -72,7 +79,7 @@ impl ImageLock {
         lock(&in_use, libc::F_RDLCK, IN_USE)?;
         Ok(Some(Self {
             in_use,
-            _serving: None,
+            serving: None,
         }))
     }
 
@@ -136,7 +143,6 @@ fn set(file: &File, kind: i32, byte: i64) -> io::Result<()> {
     }
 }
 
-/// For people and messages only: what it says is not relied on.
 fn record_holder(file: &File) -> io::Result<()> {
     let host = rustix::system::uname();
     let text = format!(
