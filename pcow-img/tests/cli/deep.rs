@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Chains that are much deeper than the number of files a process may open at first.
 
-use crate::harness::{MIB, Sandbox};
+use std::process::Command;
+
+use crate::harness::{MIB, Sandbox, output, store};
 
 const DEPTH: u64 = 1000;
 /// What most systems grant a process at first.
@@ -18,11 +20,8 @@ fn a_chain_that_needs_more_files_than_allowed_says_so() {
     drop(image);
     let program = env!("CARGO_BIN_EXE_pcow-img");
     let script = format!("ulimit -n 24; exec {program} map vm");
-    let limited = std::process::Command::new("sh")
-        .args(["-c", &script])
-        .current_dir(s.path("."))
-        .output()
-        .unwrap();
+    let mut shell = Command::new("sh");
+    let limited = output(shell.args(["-c", &script]).current_dir(s.path(".")));
     let line = String::from_utf8(limited.stderr).unwrap();
     assert_eq!(limited.status.code(), Some(1), "{line}");
     assert!(
@@ -54,7 +53,7 @@ fn a_chain_of_of_a_thousand_snapshots_can_be_made_and_looked_at() {
     for number in 1..=DEPTH {
         assert_eq!(image.snapshot(None).unwrap(), number);
     }
-    crate::harness::store(&image, MIB, 1);
+    store(&image, MIB, 1);
     drop(image);
     // The tool starts with the usual limit and must raise it itself.
     let usual = Some(USUAL_OPEN_FILES);

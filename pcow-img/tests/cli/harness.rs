@@ -2,11 +2,14 @@
 //! A directory to work in, and ways to run the tool in it that tell everything when something is not as expected.
 
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
-use pcow_format::{Image, LOCK_FILE, Stored, data_name};
+use pcow_format::{Error, ErrorKind, Image, LOCK_FILE, Stored, data_name};
 use serde_json::Value;
 
 pub const MIB: u64 = 1 << 20;
@@ -32,11 +35,9 @@ impl Sandbox {
 
     /// Runs the tool in this directory.
     pub fn run(&self, args: &[&str]) -> Finished {
-        let output = Command::new(env!("CARGO_BIN_EXE_pcow-img"))
-            .args(args)
-            .current_dir(self.0.path())
-            .output()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pcow-img"));
+        command.stdout(Stdio::piped());
+        let output = output(command.args(args).current_dir(self.0.path()));
         let call = format!("pcow-img {}", args.join(" "));
         Finished { call, output }
     }
@@ -124,8 +125,11 @@ impl Sandbox {
         std::fs::write(path, text).unwrap();
     }
 
-    pub fn image(&self, name: &str) -> Image {
-        Image::open(&self.path(name), &[]).unwrap()
+    /// Takes an image for writing in this process.
+    pub fn image(&self, name: &str) -> HeldImage {
+        let path = self.path(name);
+        let image = Some(Image::open(&path, &[]).unwrap());
+        HeldImage { path, image }
     }
 
     pub fn active_data(&self, name: &str) -> PathBuf {
@@ -145,6 +149,58 @@ impl Sandbox {
         let mut buf = [0xee];
         self.image(name).read(offset, &mut buf).unwrap();
         buf[0]
+    }
+}
+
+/// Held while a child starts: until it runs its program it has all open files of this process, locks included. It may
+/// have them a little longer: vfork(2) wakes the parent before the files are closed.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// Runs a program and waits for its end; its standard output goes where the caller wants it.
+pub fn output(command: &mut Command) -> Output {
+    let starting = STARTING.lock().unwrap();
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    drop(starting);
+    child.wait_with_output().unwrap()
+}
+
+/// An image that is free again as soon as this is dropped, whatever other threads start.
+pub struct HeldImage {
+    path: PathBuf,
+    image: Option<Image>,
+}
+
+impl Drop for HeldImage {
+    fn drop(&mut self) {
+        let _no_child_starts = STARTING.lock();
+        self.image = None;
+        let is_locked = |r: Result<Image, Error>| r.is_err_and(|e| e.kind() == ErrorKind::Locked);
+        wait_until(Duration::from_secs(30), || {
+            !is_locked(Image::open(&self.path, &[]))
+        });
+    }
+}
+
+impl Deref for HeldImage {
+    type Target = Image;
+
+    fn deref(&self) -> &Image {
+        self.image.as_ref().unwrap()
+    }
+}
+
+impl DerefMut for HeldImage {
+    fn deref_mut(&mut self) -> &mut Image {
+        self.image.as_mut().unwrap()
+    }
+}
+
+/// Waits for `condition`; loud if it does not come true in time.
+fn wait_until(timeout: Duration, condition: impl Fn() -> bool) {
+    let end = Instant::now() + timeout;
+    while !condition() {
+        assert!(Instant::now() < end, "nothing happened in {timeout:?}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `info`, `list`, `map`, `check`: their fields, their text, their exit codes.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 
-use crate::harness::{MIB, Sandbox, store};
+use crate::harness::{MIB, Sandbox, output, store};
 
 /// The names of an object's fields, sorted.
 fn fields(value: &Value) -> Vec<&str> {
@@ -372,12 +374,9 @@ fn a_reader_that_goes_away_is_no_failure() {
     drop(image);
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_pcow-img"))
-        .args(["map", "--output", "json"])
-        .arg(s.path("vm"))
-        .stdout(writer)
-        .output()
-        .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pcow-img"));
+    command.args(["map", "--output", "json"]).arg(s.path("vm"));
+    let output = output(command.stdout(writer));
     assert!(
         output.status.success() && output.stderr.is_empty(),
         "{output:?}"
