@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use pcow_format::{Error, ErrorKind, Image, LOCK_FILE, Stored, data_name};
+use pcow_format::{Error, ErrorKind, Image, Stored, data_name};
 use serde_json::Value;
 
 pub const MIB: u64 = 1 << 20;
@@ -65,7 +65,7 @@ impl Sandbox {
     }
 
     /// Runs the tool, which must refuse with this exit code and one line that says all of `parts`, print nothing else,
-    /// and leave every byte below this directory as it was, but for the text of locks.
+    /// and leave every byte below this directory as it was.
     #[track_caller]
     pub fn refused(&self, args: &[&str], code: i32, parts: &[&str]) {
         let before = self.state();
@@ -216,12 +216,8 @@ pub fn store(image: &Image, offset: u64, byte: u8) {
     file.write_all_at(&[byte], offset).unwrap();
 }
 
-/// The text in a lock file names whoever held it last, for messages; taking the lock is all it takes to change it.
 fn file_state(path: &Path) -> FileState {
     let m = std::fs::symlink_metadata(path).unwrap();
-    if path.file_name() == Some(LOCK_FILE.as_ref()) {
-        return (m.mode(), m.ino(), m.nlink(), 0, 0, Vec::new());
-    }
     let content = if m.is_file() {
         std::fs::read(path).unwrap()
     } else {
