@@ -5,7 +5,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pcow_protocol::codec::{Connection as Codec, Received};
 use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
@@ -18,6 +17,7 @@ use pcow_protocol::wire::{
 use pcow_protocol::{Error, ErrorKind, Result};
 
 use crate::disk::Disk;
+use crate::occupancy::Occupancy;
 use crate::service::{Budgets, FaultService};
 
 /// What all connections share.
@@ -29,8 +29,8 @@ pub struct Offer {
     pub budgets: Budgets,
     /// An open `/dev/userfaultfd`, for frontends that may not open it themselves.
     pub uffd_device: Option<OwnedFd>,
-    /// Whether a frontend is attached: there can be one at a time.
-    pub attached: AtomicBool,
+    /// The one place for a frontend.
+    pub place: Occupancy,
 }
 
 impl Offer {
@@ -86,6 +86,9 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
     let mut end = connection.run();
     let service = connection.service.take();
     let attached = service.is_some();
+    if attached {
+        offer.place.leave();
+    }
     if let Some(failure) = service.and_then(FaultService::stop) {
         end = Err(failure);
     }
@@ -105,8 +108,7 @@ fn detach(offer: &Offer) {
     if let Err(e) = offer.disk.give_back() {
         log::warn!("{}", chain(&e));
     }
-    // Release: the next session sees everything that this one did to the disk.
-    offer.attached.store(false, Ordering::Release);
+    offer.place.free();
 }
 
 impl Connection<'_> {
@@ -161,8 +163,7 @@ impl Connection<'_> {
     }
 
     fn attach(&mut self, uffd: OwnedFd, fault_fd: FaultFd) -> Status {
-        // Acquire: see `detach`.
-        if self.offer.attached.swap(true, Ordering::Acquire) {
+        if !self.offer.place.take() {
             log::warn!("a second frontend was refused: one is attached already");
             return Status::from_errno(libc::EBUSY);
         }
@@ -177,7 +178,7 @@ impl Connection<'_> {
             }
             Err(e) => {
                 log::error!("frontend not attached: {}", chain(&e));
-                self.offer.attached.store(false, Ordering::Release);
+                self.offer.place.free();
                 Status::from_errno(e.errno().unwrap_or(libc::EIO))
             }
         }

@@ -11,6 +11,7 @@ mod connection;
 mod disk;
 mod endpoint;
 mod failure;
+mod occupancy;
 mod server;
 mod service;
 mod signals;
@@ -19,7 +20,6 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use pcow_format::{Image, Stored};
@@ -30,6 +30,7 @@ use connection::Offer;
 use disk::{Disk, ReadOnlyDisk, WritableDisk};
 use endpoint::{Endpoint, Place};
 use failure::{EXIT_USAGE, Failure};
+use occupancy::Occupancy;
 use server::Server;
 use service::Budgets;
 use signals::Signals;
@@ -81,7 +82,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             mappings: cli.max_mappings,
         },
         uffd_device: open_uffd_device(),
-        attached: AtomicBool::new(false),
+        place: Occupancy::default(),
     };
     let flush_interval = cli
         .flush_interval()

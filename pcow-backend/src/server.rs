@@ -3,7 +3,6 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -66,7 +65,7 @@ impl Server {
             let woken = wait(endpoint, signals, next_flush)?;
             if woken.signal {
                 log::info!("{}: ending", signals.take());
-                if self.offer.attached.load(Ordering::Relaxed) {
+                if self.offer.place.is_attached() {
                     log::warn!(
                         "a frontend is attached: memory that it has not touched yet will wait for the next backend"
                     );
@@ -124,7 +123,7 @@ impl Server {
     }
 
     fn flush(&self) {
-        if !self.offer.attached.load(Ordering::Relaxed) {
+        if !self.offer.place.is_attached() {
             return;
         }
         if let Err(e) = self.offer.disk.flush() {

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Whether a frontend is attached: there can be one at a time.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long a frontend waits for the one before it to be done with. A flush of much data takes its time.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Free,
+    Attached,
+    /// The frontend is gone, and what it wrote is being made durable.
+    Leaving,
+}
+
+/// The one place for a frontend.
+#[derive(Debug)]
+pub struct Occupancy {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Default for Occupancy {
+    fn default() -> Self {
+        Self {
+            state: Mutex::new(State::Free),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl Occupancy {
+    /// Takes the place; waits for a frontend that is leaving, but not for one that is attached.
+    pub fn take(&self) -> bool {
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), PATIENCE, |s| *s == State::Leaving)
+            .unwrap_or_else(PoisonError::into_inner);
+        let free = *state == State::Free;
+        if free {
+            *state = State::Attached;
+        }
+        free
+    }
+
+    /// The frontend is gone.
+    pub fn leave(&self) {
+        *self.lock() = State::Leaving;
+    }
+
+    /// Nothing of the frontend is left.
+    pub fn free(&self) {
+        *self.lock() = State::Free;
+        self.changed.notify_all();
+    }
+
+    /// Whether a frontend is attached.
+    pub fn is_attached(&self) -> bool {
+        *self.lock() == State::Attached
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A single word is never half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_frontend_waits_for_one_that_leaves_and_not_for_one_that_stays() {
+        let place = Occupancy::default();
+        assert!(place.take());
+        assert!(!place.take());
+        place.leave();
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| place.take());
+            place.free();
+            assert!(next.join().unwrap());
+        });
+        assert!(place.is_attached());
+    }
+}
