@@ -6,6 +6,7 @@
 
 mod apt;
 mod arch;
+mod boot;
 mod cache;
 mod error;
 mod guest;

@@ -18,6 +18,22 @@ pub struct Module {
     pub optional: bool,
 }
 
+/// A module that every kernel must have, built in or not.
+pub const fn module(name: &'static str) -> Module {
+    Module {
+        name,
+        optional: false,
+    }
+}
+
+/// A module that newer kernels may lack.
+pub const fn optional(name: &'static str) -> Module {
+    Module {
+        name,
+        optional: true,
+    }
+}
+
 /// The modules of one kernel.
 #[derive(Debug)]
 pub struct KernelModules {
@@ -98,12 +114,8 @@ fn module_name(path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{KernelModules, Module};
+    use super::{KernelModules, module, optional};
     use std::path::PathBuf;
-
-    const fn module(name: &'static str, optional: bool) -> Module {
-        Module { name, optional }
-    }
 
     fn kernel() -> KernelModules {
         KernelModules::parse(
@@ -114,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_selection_has_all_dependencies_and_loads_nothing_built_in() {
-        let modules = [module("a_b", false), module("built_in", false)];
+        let modules = [module("a_b"), module("built_in")];
         let selection = kernel().select(&modules).unwrap();
         let files = ["kernel/a-b.ko.xz", "kernel/c.ko", "kernel/d.ko"];
         assert_eq!(selection.files, files.map(PathBuf::from).into());
@@ -123,7 +135,7 @@ mod tests {
 
     #[test]
     fn only_an_optional_module_may_be_missing() {
-        assert!(kernel().select(&[module("none", true)]).is_ok());
-        assert!(kernel().select(&[module("none", false)]).is_err());
+        assert!(kernel().select(&[optional("none")]).is_ok());
+        assert!(kernel().select(&[module("none")]).is_err());
     }
 }

@@ -255,9 +255,12 @@ impl Builder {
             fs::write(&mark, &wanted).map_err(Error::file("write", &mark))?;
         }
         let jobs = thread::available_parallelism().map_or(1, usize::from);
+        let ninja = venv.join("bin/ninja");
+        // When a patch changes a build description, ninja runs meson, which looks for ninja again.
         self.log.stage(
             "compiling QEMU",
-            Command::new(venv.join("bin/ninja"))
+            Command::new(&ninja)
+                .env("NINJA", &ninja)
                 .arg("-C")
                 .arg(build)
                 .arg(format!("-j{jobs}"))

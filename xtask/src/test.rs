@@ -11,9 +11,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::arch;
+use crate::boot::Boot;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
-use crate::guest::{self, Guest};
+use crate::guest;
 use crate::packages::{self, Step};
 use crate::qemu;
 use crate::run::{self, Log};
@@ -86,7 +87,7 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
 #[derive(Debug)]
 struct Machine {
     qemu: PathBuf,
-    guest: Guest,
+    guest: Boot,
 }
 
 fn make_machine(cache: &Cache, report: &mut Report) -> Option<Machine> {
