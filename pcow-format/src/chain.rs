@@ -193,12 +193,43 @@ impl Chain {
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            let granule = self.granule.cluster_at(at);
+            let block = self.granule.cluster_at(at).0 / units::bytes(GRANULES_PER_BLOCK);
+            let first = block * units::bytes(GRANULES_PER_BLOCK);
             let end = self
                 .granule
-                .offset_of(Cluster(granule.0 + 1))
-                .min(range.end);
-            let owner = self.owner(granule)?;
+                .offset_of(Cluster(first + units::bytes(GRANULES_PER_BLOCK)));
+            let piece = at..end.min(range.end);
+            self.block_extents(block, &piece, &mut extents)?;
+            at = piece.end;
+        }
+        Ok(extents)
+    }
+
+    /// Appends the owners of `piece`, which lies in one block.
+    fn block_extents(
+        &self,
+        block: u64,
+        piece: &Range<u64>,
+        extents: &mut Vec<Extent>,
+    ) -> Result<()> {
+        let owners = (!self.layers.is_empty())
+            .then(|| self.block(block))
+            .transpose()?;
+        let first = block * units::bytes(GRANULES_PER_BLOCK);
+        let mut at = piece.start;
+        while at < piece.end {
+            let granule = self.granule.cluster_at(at).0;
+            let (owner, end) = owners
+                .as_deref()
+                .map_or((Owner::Nobody, piece.end), |owners| {
+                    let (owner, count) = run_at(owners, units::len(granule - first));
+                    (
+                        owner,
+                        self.granule
+                            .offset_of(Cluster(granule + count))
+                            .min(piece.end),
+                    )
+                });
             match extents.last_mut() {
                 Some(last) if last.owner == owner => last.bytes.end = end,
                 _ => extents.push(Extent {
@@ -208,7 +239,7 @@ impl Chain {
             }
             at = end;
         }
-        Ok(extents)
+        Ok(())
     }
 
     /// Whether every byte of `range` reads zero without any layer holding it.
@@ -256,18 +287,6 @@ impl Chain {
         }
         buf[done..].fill(0);
         Ok(())
-    }
-
-    fn owner(&self, granule: Cluster) -> Result<Owner> {
-        if self.layers.is_empty() {
-            return Ok(Owner::Nobody);
-        }
-        let block = granule.0 / units::bytes(GRANULES_PER_BLOCK);
-        let place = units::len(granule.0 % units::bytes(GRANULES_PER_BLOCK));
-        Ok(match self.block(block)?[place] {
-            NOBODY => Owner::Nobody,
-            depth => Owner::Layer(usize::from(depth)),
-        })
     }
 
     fn block(&self, number: u64) -> Result<Arc<[u16]>> {
@@ -335,6 +354,17 @@ impl Chain {
         }
         Ok(owners)
     }
+}
+
+/// The owner at `place`, and for how many granules it goes on.
+fn run_at(owners: &[u16], place: usize) -> (Owner, u64) {
+    let raw = owners[place];
+    let count = owners[place..].iter().take_while(|o| **o == raw).count();
+    let owner = match raw {
+        NOBODY => Owner::Nobody,
+        depth => Owner::Layer(usize::from(depth)),
+    };
+    (owner, units::bytes(count))
 }
 
 // The layer's number must fit beside NOBODY.

@@ -397,11 +397,17 @@ impl Image {
         self.active.flush()
     }
 
-    /// Makes `root` the image's root and opens what it names.
+    /// Makes `root` the image's root and goes on with what it names.
     pub(crate) fn commit(&mut self, root: Root) -> Result<()> {
-        write_root(self.stored.dir.as_ref(), &root)?;
-        self.stored.root = root;
-        let (active, below, _) = open_stack(&self.stored)?;
+        let stored = Stored {
+            dir: Arc::clone(&self.stored.dir),
+            root,
+            env: self.stored.env.clone(),
+        };
+        // First, so that what cannot be opened does not become the root while this goes on with the old layer.
+        let (active, below, _) = open_stack(&stored)?;
+        write_root(stored.dir.as_ref(), &stored.root)?;
+        self.stored = stored;
         self.active = active;
         self.below = below;
         Ok(())
@@ -438,13 +444,21 @@ impl Root {
     /// A new, empty layer on `parent`, not yet in the table.
     ///
     /// # Errors
-    /// `Corrupt` if `parent` is not in the table.
+    /// `Corrupt` if `parent` is not in the table, `InvalidArgument` if a chain or the table is at its limit.
     pub(crate) fn empty_layer(
         &self,
         parent: Uuid,
         size: VirtualSize,
         cluster: ClusterSize,
     ) -> Result<root::Layer> {
+        if self.layers.len() >= root::MAX_LAYERS || self.chain(parent)?.len() >= root::MAX_DEPTH {
+            let what = format!(
+                "the image is at a limit: {} layers in all or {} in a chain; 'pcow-img rebase' to no base makes a chain short",
+                root::MAX_LAYERS,
+                root::MAX_DEPTH
+            );
+            return Err(Error::new(ErrorKind::InvalidArgument, what));
+        }
         let parent = self.layer(parent).ok_or_else(|| {
             Error::new(ErrorKind::Corrupt, "the parent layer is not in the table")
         })?;

@@ -43,7 +43,9 @@ enum Places {
 impl BaseDirs {
     /// Directories below which bases may be opened. Those that do not exist allow nothing.
     pub fn new<'a>(directories: impl IntoIterator<Item = &'a Path>) -> Self {
-        let real = directories.into_iter().filter_map(|d| d.canonicalize().ok());
+        let real = directories
+            .into_iter()
+            .filter_map(|d| d.canonicalize().ok());
         Self(Places::Below(real.collect()))
     }
 
@@ -52,10 +54,18 @@ impl BaseDirs {
         Self(Places::In(directory))
     }
 
-    /// For a base at `path`, whose own bases lie beside it.
+    /// For a base at `path`: its own bases may lie beside it, and where those of the image may.
     pub(crate) fn of_base(&self, path: &Path) -> Self {
         match &self.0 {
-            Places::Below(_) => Self::new([path.join("..").as_path()]),
+            Places::Below(allowed) => {
+                let beside = path.join("..");
+                Self::new(
+                    allowed
+                        .iter()
+                        .map(PathBuf::as_path)
+                        .chain([beside.as_path()]),
+                )
+            }
             Places::In(_) => self.clone(),
         }
     }
@@ -337,10 +347,17 @@ pub enum Adopted {
     },
 }
 
-/// Gives the sealed layer `layer` of the directory `from` a place in `to`: by link, else by copy.
+/// Gives the sealed layer `layer` of the directory `from` a place in `to`, whose root does not name it: by link, else
+/// by copy. Replaces what an adoption that was cut off left there: a layer's name is its content (I0).
 pub(crate) fn adopt(to: &dyn Directory, from: &dyn Directory, layer: Uuid) -> Result<Adopted> {
     let mut copied = 0;
     for name in [data_name(layer), map_name(layer)] {
+        match to.unlink(Site("adopt.unlink"), &name) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).context(|| format!("cannot replace {name}"));
+            }
+            _ => {}
+        }
         match to.link(Site("adopt.link"), from, &name, &name) {
             Ok(()) => {}
             // Another filesystem, a file of another user, or too many names.

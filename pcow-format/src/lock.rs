@@ -97,10 +97,8 @@ pub fn holder(dir: &dyn Directory) -> Result<Option<String>> {
     let Some(file) = open(dir, Access::Read)? else {
         return Ok(None);
     };
-    Ok(match set(&file, libc::F_RDLCK, IN_USE) {
-        Ok(()) => None,
-        Err(_) => Some(holder_text(&file)),
-    })
+    let held = is_held(&file).context(|| "cannot look at the image's lock".to_owned())?;
+    Ok(held.then(|| holder_text(&file)))
 }
 
 /// `None` on a medium without locks.
@@ -125,7 +123,18 @@ fn lock(file: &File, kind: i32, byte: i64) -> Result<()> {
 }
 
 fn set(file: &File, kind: i32, byte: i64) -> io::Result<()> {
-    let request = libc::flock {
+    ofd_lock(file, libc::F_OFD_SETLK, &mut request(kind, byte)?)
+}
+
+/// Whether somebody holds the image for writing. Takes nothing, so that asking keeps nobody out.
+fn is_held(file: &File) -> io::Result<bool> {
+    let mut lock = request(libc::F_RDLCK, IN_USE)?;
+    ofd_lock(file, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn request(kind: i32, byte: i64) -> io::Result<libc::flock> {
+    Ok(libc::flock {
         l_type: i16::try_from(kind).map_err(io::Error::other)?,
         // SEEK_SET is 0 on Linux.
         l_whence: 0,
@@ -133,9 +142,12 @@ fn set(file: &File, kind: i32, byte: i64) -> io::Result<()> {
         l_len: 1,
         // Must be 0 for locks of the open file description (fcntl(2)).
         l_pid: 0,
-    };
-    // SAFETY: the fd is open, and F_OFD_SETLK reads exactly one flock, which outlives the call.
-    let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const request) };
+    })
+}
+
+fn ofd_lock(file: &File, command: i32, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the fd is open, and both commands read and write exactly one flock, which outlives the call.
+    let r = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *lock) };
     if r == 0 {
         Ok(())
     } else {

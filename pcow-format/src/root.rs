@@ -174,7 +174,8 @@ impl Root {
     /// # Errors
     /// `NotFound`, with the names that exist.
     pub fn snapshot(&self, name_or_number: &str) -> Result<&Snapshot> {
-        let number = name_or_number.parse::<u64>().ok();
+        let digits = name_or_number.bytes().all(|b| b.is_ascii_digit());
+        let number = name_or_number.parse::<u64>().ok().filter(|_| digits);
         self.snapshots
             .iter()
             .find(|s| number.map_or(s.name == name_or_number, |n| s.number == n))
@@ -204,9 +205,7 @@ impl Root {
                 .ok_or_else(|| corrupt(&format!("layer {uuid} is not in the layer table")))?;
             // The bound also ends a loop of parents.
             if chain.len() == MAX_DEPTH {
-                return Err(corrupt(&format!(
-                    "more than {MAX_DEPTH} layers in a chain, or a loop"
-                )));
+                return Err(too_deep());
             }
             chain.push(*layer);
             next = layer.parent;
@@ -293,8 +292,31 @@ impl Root {
                 return Err(corrupt("a layer's parent is not in the layer table"));
             }
         }
-        // The active chain and each snapshot's chain are all that is ever walked.
-        self.chain(self.active)?;
+        self.validate_depths()
+    }
+
+    /// No chain of parents, from whatever layer, is a loop or too long. Each layer is visited once.
+    fn validate_depths(&self) -> Result<()> {
+        let parents: HashMap<_, _> = self.layers.iter().map(|l| (l.uuid, l.parent)).collect();
+        let mut depths: HashMap<Uuid, usize> = HashMap::new();
+        for layer in &self.layers {
+            let mut path = Vec::new();
+            let mut next = Some(layer.uuid);
+            while let Some(uuid) = next.filter(|u| !depths.contains_key(u)) {
+                path.push(uuid);
+                if path.len() > MAX_DEPTH {
+                    return Err(too_deep());
+                }
+                next = parents.get(&uuid).copied().flatten();
+            }
+            let below = next.map_or(0, |u| depths[&u]);
+            for (i, uuid) in path.iter().rev().enumerate() {
+                depths.insert(*uuid, below + i + 1);
+            }
+            if depths[&layer.uuid] > MAX_DEPTH {
+                return Err(too_deep());
+            }
+        }
         Ok(())
     }
 
@@ -407,6 +429,12 @@ pub fn check_name(name: &str) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidArgument, what))
 }
 
+fn too_deep() -> Error {
+    corrupt(&format!(
+        "more than {MAX_DEPTH} layers in a chain, or a loop"
+    ))
+}
+
 fn corrupt(what: &str) -> Error {
     Error::new(ErrorKind::Corrupt, what)
 }
@@ -480,6 +508,17 @@ mod tests {
         assert_eq!(decode_error(&doubled), ErrorKind::Corrupt);
     }
 
+    /// Only the active chain was walked once: a loop among the layers of a snapshot was found by whoever cloned it.
+    #[test]
+    fn a_loop_among_the_layers_of_a_snapshot_is_corrupt() {
+        let mut looped = root();
+        looped.layers.push(layer(3, Some(4)));
+        looped.layers.push(layer(4, Some(3)));
+        looped.layers[2].sealed = true;
+        looped.layers[3].sealed = true;
+        assert_eq!(decode_error(&looped), ErrorKind::Corrupt);
+    }
+
     #[test]
     fn digits_are_a_number_and_never_a_name() {
         assert!(check_name("2024").is_err());
@@ -488,5 +527,7 @@ mod tests {
         assert_eq!(root().snapshot("1").unwrap().name, "first");
         assert_eq!(root().snapshot("first").unwrap().number, 1);
         assert!(root().snapshot("7").is_err());
+        // A sign makes a number for a parser, but a name for a person.
+        assert!(root().snapshot("+1").is_err());
     }
 }

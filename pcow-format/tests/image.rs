@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use pcow_format::check::check;
 use pcow_format::ops::{Base, NewBase, NewImage, RebaseMode, create};
-use pcow_format::{Cluster, ClusterSize, ErrorKind, Image, Source, Stored, VirtualSize, data_name};
+use pcow_format::{
+    Cluster, ClusterSize, ErrorKind, Image, Source, Stored, VirtualSize, data_name, holder,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -312,4 +314,114 @@ fn a_link_or_fifo_in_place_of_a_file_is_refused_without_waiting() {
     )
     .unwrap();
     assert!(Image::open(&path, &[]).is_err());
+}
+
+/// Creation once worked in `<name>.part` and emptied whatever it found under that name.
+#[test]
+fn creating_an_image_leaves_alone_what_has_its_name_with_part_behind_it() {
+    let s = Scratch::new();
+    let other = s.create("a.part", 4);
+    s.create("a", 4);
+    open(&other);
+    std::fs::create_dir(s.path("b.part")).unwrap();
+    std::fs::write(s.path("b.part/thesis.tex"), "x").unwrap();
+    s.create("b", 4);
+    assert!(s.path("b.part/thesis.tex").exists());
+}
+
+/// Two creations of one name once shared one unfinished directory.
+#[test]
+fn of_two_creations_of_one_name_at_once_one_makes_a_whole_image() {
+    let s = Scratch::new();
+    for round in 0..20 {
+        let path = s.path(&format!("image{round}"));
+        let sizes = [4, 8].map(|mib| VirtualSize::new(mib * MIB).unwrap());
+        let make = |size| {
+            let new = NewImage {
+                size: Some(size),
+                cluster: ClusterSize::new(64 << 10).unwrap(),
+                allocation_unit: None,
+                base: None,
+            };
+            create(&path, &new, &[]).is_ok().then_some(size)
+        };
+        let made: Vec<_> = std::thread::scope(|scope| {
+            let threads = sizes.map(|size| scope.spawn(move || make(size)));
+            threads
+                .into_iter()
+                .filter_map(|t| t.join().unwrap())
+                .collect()
+        });
+        assert_eq!(made.len(), 1);
+        let root = Stored::open(&path, &[]).unwrap().root().clone();
+        assert_eq!(root.active_layer().unwrap().virtual_size, made[0].bytes());
+        let left = std::fs::read_dir(s.path(".")).unwrap().count();
+        assert_eq!(left, round + 1, "nothing unfinished is left");
+    }
+}
+
+#[test]
+fn a_creation_that_is_refused_leaves_its_base_alone() {
+    let s = Scratch::new();
+    let base = s.create("a", 4);
+    store(&open(&base), 0, 1);
+    let new = NewImage {
+        size: None,
+        cluster: ClusterSize::new(64 << 10).unwrap(),
+        allocation_unit: Some(3),
+        base: Some(Base::Image {
+            path: base.clone(),
+            snapshot: None,
+            reference: false,
+        }),
+    };
+    assert!(create(&s.path("b"), &new, &[]).is_err());
+    assert_eq!(Stored::open(&base, &[]).unwrap().root().snapshots.len(), 0);
+}
+
+#[test]
+fn the_allowed_directories_hold_for_the_base_of_a_base_too() {
+    let (s, elsewhere) = (Scratch::new(), Scratch::new());
+    std::fs::write(elsewhere.path("disk.raw"), vec![1; 4096]).unwrap();
+    let dirs = [elsewhere.path(".")];
+    let new = |base| NewImage {
+        size: None,
+        cluster: ClusterSize::new(64 << 10).unwrap(),
+        allocation_unit: None,
+        base: Some(base),
+    };
+    let raw = Base::Raw {
+        path: elsewhere.path("disk.raw"),
+    };
+    create(&s.path("a"), &new(raw), &dirs).unwrap();
+    let a = Base::Image {
+        path: s.path("a"),
+        snapshot: None,
+        reference: false,
+    };
+    create(&s.path("b"), &new(a), &dirs).unwrap();
+    assert_eq!(load(&Image::open(&s.path("b"), &dirs).unwrap(), 0), 1);
+    let error = Image::open(&s.path("b"), &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BaseForbidden);
+}
+
+/// Asking took a read lock for a moment, and an open at that moment was refused.
+#[test]
+fn asking_for_the_holder_keeps_nobody_out() {
+    let s = Scratch::new();
+    let path = s.create("a", 4);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let stored = Stored::open(&path, &[]).unwrap();
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                holder(stored.directory()).unwrap();
+            }
+        });
+        let refused = (0..200)
+            .filter(|_| Image::open(&path, &[]).is_err())
+            .count();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(refused, 0);
+    });
 }

@@ -35,6 +35,21 @@ pub struct NewImage {
     pub base: Option<Base>,
 }
 
+impl NewImage {
+    /// Checks what can be checked without looking at a base.
+    fn validate(&self) -> Result<()> {
+        if self.size.is_none() && self.base.is_none() {
+            return Err(invalid("an image without base needs a size".to_owned()));
+        }
+        let unit = self.allocation_unit;
+        if unit.is_some_and(|u| !u.is_power_of_two() || u < self.cluster.bytes() || u > 1 << 30) {
+            let what = "the allocation unit must be a power of two from the cluster size to 1 GiB";
+            return Err(invalid(what.to_owned()));
+        }
+        Ok(())
+    }
+}
+
 /// What a new image is based on.
 #[derive(Debug, Clone)]
 pub enum Base {
@@ -100,47 +115,51 @@ pub fn create_in(
             format!("{name} exists already"),
         ));
     }
-    // The base first: nothing is made if it cannot be used.
-    let base = new
-        .base
-        .as_ref()
-        .map(|b| BaseLayers::open(b, name, env))
-        .transpose()?;
-    let part = format!("{name}.part");
-    discard_part(parent, &part).context(context)?;
+    new.validate()?;
+    // A name of its own: another creation may be under way, and a folder of the user's may be called anything.
+    let part = format!("{name}.{}.part", Uuid::new_v4());
     let dir = parent
         .create_dir(Site("create.dir"), &part)
         .context(context)?;
-    match build(dir.as_ref(), new, base.as_ref(), env.boot) {
-        Ok(copied_bytes) => {
-            parent
-                .rename_dir(Site("create.rename"), &part, name)
-                .context(context)?;
+    let made = make(dir.as_ref(), name, new, env).and_then(|created| {
+        parent
+            .rename_dir(Site("create.rename"), &part, name)
+            .context(context)?;
+        Ok(created)
+    });
+    match made {
+        Ok(created) => {
             parent.sync(Site("create.parent.sync")).context(context)?;
-            Ok(Created {
-                copied_bytes,
-                sealed_base_as: base.and_then(|b| b.sealed_as),
-            })
+            Ok(created)
         }
         Err(e) => {
-            // Best effort: the next creation of that name clears it, too.
-            let _ = discard_part(parent, &part);
+            // Best effort: what stays has a name that says what it is.
+            let _ = discard_part(parent, dir.as_ref(), &part);
             Err(e)
         }
     }
 }
 
-/// Removes an unfinished image of an earlier attempt (I5: a writer's own `.part` names).
-fn discard_part(parent: &dyn Directory, part: &str) -> std::io::Result<()> {
-    let dir = match parent.open_dir(part) {
-        Ok(dir) => dir,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
+/// Removes an image that was not finished.
+fn discard_part(parent: &dyn Directory, dir: &dyn Directory, part: &str) -> std::io::Result<()> {
     for name in dir.names()? {
         dir.unlink(Site("create.part.unlink"), &name)?;
     }
     parent.remove_dir(Site("create.part.rmdir"), part)
+}
+
+/// The base is sealed only after everything that can be refused without it was accepted.
+fn make(dir: &dyn Directory, name: &str, new: &NewImage, env: &Environment) -> Result<Created> {
+    let base = new
+        .base
+        .as_ref()
+        .map(|b| BaseLayers::open(b, name, env))
+        .transpose()?;
+    let copied_bytes = build(dir, new, base.as_ref(), env.boot)?;
+    Ok(Created {
+        copied_bytes,
+        sealed_base_as: base.and_then(|b| b.sealed_as),
+    })
 }
 
 fn build(
@@ -154,10 +173,6 @@ fn build(
     let (mut layers, copied) = base.map_or(Ok((Vec::new(), 0)), |b| b.adopt_into(dir))?;
     let active = active_layer(new, layers.first())?;
     let unit = new.allocation_unit;
-    if unit.is_some_and(|u| !u.is_power_of_two() || u < new.cluster.bytes() || u > 1 << 30) {
-        let what = "the allocation unit must be a power of two from the cluster size to 1 GiB";
-        return Err(invalid(what.to_owned()));
-    }
     let pair = layer_files::create(dir, &active, uuid, boot)?;
     let domain = pair
         .data
