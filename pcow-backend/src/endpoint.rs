@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,17 @@ pub enum Place {
     Path(PathBuf),
     /// A descriptor that is an endpoint already.
     Ready(Endpoint),
+}
+
+impl Endpoint {
+    /// Readable when a frontend connects; `None` if there is only one connection.
+    pub fn listener_fd(&self) -> Option<BorrowedFd<'_>> {
+        let Self::Listening(listener, _) = self else {
+            return None;
+        };
+        // SAFETY: the descriptor is open for as long as the listener, which the result borrows.
+        Some(unsafe { BorrowedFd::borrow_raw(listener.as_raw_fd()) })
+    }
 }
 
 impl Place {

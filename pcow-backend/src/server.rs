@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon: accepts frontends, flushes at intervals, ends cleanly.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -167,11 +166,8 @@ fn wait(
     });
     let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
     let mut fds = vec![signal];
-    if let Endpoint::Listening(listener, _) = endpoint {
-        fds.push(PollFd::from_borrowed_fd(
-            listener_fd(listener),
-            PollFlags::IN,
-        ));
+    if let Some(listener) = endpoint.listener_fd() {
+        fds.push(PollFd::from_borrowed_fd(listener, PollFlags::IN));
     }
     match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
@@ -181,10 +177,4 @@ fn wait(
         signal: !fds[0].revents().is_empty(),
         listener: fds.get(1).is_some_and(|f| !f.revents().is_empty()),
     })
-}
-
-#[allow(unsafe_code)]
-fn listener_fd(listener: &vhost::vhost_user::Listener) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as the listener, which the result borrows.
-    unsafe { BorrowedFd::borrow_raw(listener.as_raw_fd()) }
 }
