@@ -436,8 +436,8 @@ impl Active {
             .context(context)
     }
 
-    /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or a
-    /// second crash would make them look like this boot's.
+    /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or they
+    /// would look like this boot's if this process died in between.
     fn settle_tag(&self, boot: Uuid) -> Result<Recovery> {
         let context = || format!("cannot read the boot tag of layer {}", self.name);
         let present = Tag::new(boot, self.map.status().context(context)?.identity);
@@ -481,6 +481,8 @@ impl Active {
         .context(|| format!("cannot read the map of layer {}", self.name))
     }
 
+    /// Turns live words into absent ones. Needs no sync of its own: until the tag is durable it names a boot that is
+    /// over, and whoever reads it discards them again.
     fn discard_live(&self) -> Result<Recovery> {
         let mut discarded = 0;
         let context = || format!("cannot discard unflushed clusters of layer {}", self.name);
@@ -495,11 +497,6 @@ impl Active {
                 .write_at(site, &word.0.to_le_bytes(), map::word_offset(number))
         })
         .context(context)?;
-        if discarded > 0 {
-            self.map
-                .sync_data(Site("active.open.discard_sync"))
-                .context(context)?;
-        }
         Ok(Recovery {
             discarded_clusters: discarded,
         })

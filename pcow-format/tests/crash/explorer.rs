@@ -5,13 +5,14 @@
 //! power is cut with every combination of what survived, up to a bound, and a seeded sample above it. Recovery from a
 //! power cut is itself cut at each of its acts. After a death the image is used, flushed and cut once more.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 
+use pcow_format::medium::Site;
 use pcow_format::medium::sim::{Choice, Moment, Sim};
 
 use crate::model::Model;
-use crate::oracle::{End, Survivor, Use, judge, use_and_flush, use_survivor};
+use crate::oracle::{End, Survivor, Use, judge, use_and_flush};
 use crate::setting::Setting;
 use crate::workload::{OPERATIONS, Run};
 
@@ -59,6 +60,8 @@ pub struct Limits {
     pub samples: usize,
     /// The same for crashes within a recovery.
     pub nested: usize,
+    /// In how many ways the image is used after a death, up to four.
+    pub uses: usize,
 }
 
 /// What was done.
@@ -66,6 +69,8 @@ pub struct Limits {
 pub struct Stats {
     pub workloads: u64,
     pub acts: u64,
+    /// Sites of these acts.
+    pub sites: BTreeSet<Site>,
     /// Crash states that were judged, each different from the others of its workload.
     pub states: u64,
     /// Digests of what was there after recovery.
@@ -76,6 +81,7 @@ impl Stats {
     pub fn add(&mut self, other: Stats) {
         self.workloads += other.workloads;
         self.acts += other.acts;
+        self.sites.extend(other.sites);
         self.states += other.states;
         self.recovered.extend(other.recovered);
     }
@@ -90,7 +96,7 @@ pub struct Violation {
     trace: Vec<String>,
     /// What happened then.
     crash: Vec<String>,
-    problem: String,
+    pub problem: String,
 }
 
 impl fmt::Display for Violation {
@@ -173,6 +179,7 @@ impl<'a> Explorer<'a> {
         self.stats.workloads += 1;
         for (i, (moment, possible)) in moments.iter().enumerate() {
             self.stats.acts += 1;
+            self.stats.sites.insert(moment.act().site);
             if let Err(broken) = self.crash(moment, possible, boot) {
                 return Err(violation(trace(&moments[..=i]), broken));
             }
@@ -213,12 +220,14 @@ impl<'a> Explorer<'a> {
 
     /// The process dies; the next one uses and flushes the image; then the power is cut.
     fn kill(&mut self, moment: &Moment, possible: &[Model], boot: u128) -> Result<(), Broken> {
-        for which in [Use::Data, Use::Nobodys, Use::All] {
+        let uses = [Use::Data, Use::Nobodys, Use::All, Use::Tree];
+        let first = self.random.below(uses.len());
+        for which in uses.iter().cycle().skip(first).take(self.limits.uses) {
             let sim = moment.process_death();
             let mut survivor = judge(self.setting, &sim, boot, possible, End::Killed)
                 .map_err(Broken::after("killed"))?;
             self.count(&survivor);
-            use_and_flush(self.setting, &mut survivor, which)
+            use_and_flush(self.setting, &mut survivor, *which)
                 .map_err(Broken::after("killed and used"))?;
             self.cut_later(&sim, &survivor.model, boot)
                 .map_err(|b| b.preceded_by("killed, used and flushed".to_owned()))?;
@@ -245,11 +254,11 @@ impl<'a> Explorer<'a> {
         self.count(&survivor);
         let recovery = std::mem::take(&mut survivor.recovery);
         for moment in &recovery {
+            self.stats.sites.insert(moment.act().site);
             self.crash_again(moment, &survivor.model, boot)
                 .map_err(|b| b.preceded_by(format!("recovery up to {}", moment.act().site.0)))?;
         }
-        let used = use_survivor(self.setting, &mut survivor, Use::All);
-        used.map(drop).map_err(Broken::after("use"))
+        use_and_flush(self.setting, &mut survivor, Use::All).map_err(Broken::after("use"))
     }
 
     fn crash_again(&mut self, moment: &Moment, model: &Model, boot: u128) -> Result<(), Broken> {

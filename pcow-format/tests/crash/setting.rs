@@ -5,7 +5,8 @@
 //! base0 ◀─ base1 ◀─ img      other
 //! ```
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Directory, Domain, Site};
@@ -31,6 +32,8 @@ pub struct Setting {
     pub bystanders: Vec<Contents>,
     /// Number of the boot in which workloads begin.
     pub boot: u128,
+    /// Fingerprints of images that were compared already and found as they were.
+    sound: Mutex<HashSet<u64>>,
 }
 
 impl Setting {
@@ -50,7 +53,16 @@ impl Setting {
             image: read(IMAGE),
             bystanders: BYSTANDERS.map(read).to_vec(),
             boot: boot + 1,
+            sound: Mutex::default(),
         }
+    }
+
+    pub fn is_sound(&self, fingerprint: u64) -> bool {
+        self.sound.lock().unwrap().contains(&fingerprint)
+    }
+
+    pub fn note_sound(&self, fingerprint: u64) {
+        self.sound.lock().unwrap().insert(fingerprint);
     }
 }
 
@@ -152,7 +164,11 @@ fn build(sim: &Sim, boot: u128) {
     };
     fill("base0", None, &[(BASE, 0xa0), (ZERO, 0xa1), (QUIET, 0xa2)]);
     fill("base1", Some("base0"), &[(BASE, 0xb0)]);
-    fill(OTHER, None, &[(BASE, 0xc0), (ABSENT, 0xc1), (LEFTOVER, 0xc2)]);
+    fill(
+        OTHER,
+        None,
+        &[(BASE, 0xc0), (ABSENT, 0xc1), (LEFTOVER, 0xc2)],
+    );
     let image = fill(IMAGE, Some("base1"), &[]);
     let zero = image.active().mark_zero(Cluster(ZERO).only());
     zero.expect("a sound medium stores");

@@ -10,7 +10,9 @@ use pcow_format::ops::{Base, NewBase, RebaseMode};
 use pcow_format::{Cluster, Image};
 
 use crate::explorer::{Random, newest};
-use crate::model::{ABSENT, BASE, CLUSTER_BYTES, LEFTOVER, Model, Place, TRACKED, ZERO, check_equal};
+use crate::model::{
+    ABSENT, BASE, CLUSTER_BYTES, LEFTOVER, Model, Place, TRACKED, ZERO, check_equal,
+};
 use crate::setting::{self, IMAGE, OTHER, Setting, text};
 
 /// Something that changes an image, or ends its process.
@@ -38,10 +40,7 @@ pub const OPERATIONS: &[Operation] = &[
     operation("power cut after write-back", |r| r.power_cut(true)),
 ];
 
-const fn operation(
-    name: &'static str,
-    run: fn(&mut Run<'_>) -> Result<bool, String>,
-) -> Operation {
+const fn operation(name: &'static str, run: fn(&mut Run<'_>) -> Result<bool, String>) -> Operation {
     Operation { name, run }
 }
 
@@ -215,15 +214,9 @@ impl<'a> Run<'a> {
     fn rebase(&mut self) -> Result<bool, String> {
         let mut after = self.model.clone();
         after.disk.promise_all();
-        let new = NewBase {
-            base: Some(Base::Image {
-                path: OTHER.into(),
-                snapshot: None,
-                reference: false,
-            }),
-            mode: RebaseMode::Safe,
-        };
-        self.change_tree(&[after], |image| image.rebase(&new, IMAGE).map(drop))
+        self.change_tree(&[after], |image| {
+            image.rebase(&onto_other(), IMAGE).map(drop)
+        })
     }
 
     fn change_tree(
@@ -302,6 +295,18 @@ impl<'a> Run<'a> {
     /// Whether the active layer holds nothing, so that what it shows needs no snapshot.
     fn is_untouched(&self) -> Result<bool, String> {
         self.image().active().is_empty().map_err(text)
+    }
+}
+
+/// A rebase that keeps the content.
+pub fn onto_other() -> NewBase {
+    NewBase {
+        base: Some(Base::Image {
+            path: OTHER.into(),
+            snapshot: None,
+            reference: false,
+        }),
+        mode: RebaseMode::Safe,
     }
 }
 

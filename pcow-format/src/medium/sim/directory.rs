@@ -60,7 +60,9 @@ impl SimDirectory {
     }
 
     fn change(&self, inner: &mut Inner, changes: &[(&str, Option<Inode>)]) {
-        let owned = changes.iter().map(|(name, inode)| ((*name).to_owned(), *inode));
+        let owned = changes
+            .iter()
+            .map(|(name, inode)| ((*name).to_owned(), *inode));
         let change = NameChange(owned.collect());
         inner.state.directory_mut(self.inode).change(change);
     }
@@ -94,7 +96,12 @@ impl SimDirectory {
 impl Directory for SimDirectory {
     fn open(&self, name: &str, access: Access) -> io::Result<Arc<dyn File>> {
         let inode = self.file(&self.sim.lock(), name)?;
-        Ok(Arc::new(SimFile::new(self.sim.clone(), inode, name, access)))
+        Ok(Arc::new(SimFile::new(
+            self.sim.clone(),
+            inode,
+            name,
+            access,
+        )))
     }
 
     fn create(&self, site: Site, name: &str) -> io::Result<Arc<dyn File>> {

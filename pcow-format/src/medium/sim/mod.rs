@@ -128,7 +128,14 @@ impl Sim {
 
     /// A digest of all names and contents as they are now.
     pub fn fingerprint(&self) -> u64 {
-        self.lock().state.fingerprint()
+        self.lock().state.fingerprint(TOP)
+    }
+
+    /// The same of one entry of the top directory and what is below it, if there is such an entry.
+    pub fn fingerprint_of(&self, name: &str) -> Option<u64> {
+        let inner = self.lock();
+        let inode = inner.state.directory(TOP).now.get(name)?;
+        Some(inner.state.fingerprint(*inode))
     }
 
     fn moment(&self, inner: &Inner, act: Act) -> Moment {

@@ -32,9 +32,11 @@ pub(super) struct Page {
 pub(super) type Content = Option<Arc<Page>>;
 
 pub(super) fn content(raw: [u8; PAGE_BYTES]) -> Content {
-    let digest = raw.as_chunks().0.iter().fold(1, |sum, word| {
-        mix(sum, u64::from_le_bytes(*word))
-    });
+    let digest = raw
+        .as_chunks()
+        .0
+        .iter()
+        .fold(1, |sum, word| mix(sum, u64::from_le_bytes(*word)));
     Some(Arc::new(Page { digest, raw }))
 }
 
@@ -251,7 +253,10 @@ impl FileNode {
             let digest = v.now().as_ref()?.digest;
             Some(mix(*page, digest))
         };
-        self.pages.iter().filter_map(held).fold(*self.len.now(), mix)
+        self.pages
+            .iter()
+            .filter_map(held)
+            .fold(*self.len.now(), mix)
     }
 }
 
@@ -340,7 +345,11 @@ impl DirectoryNode {
     fn possible(&self) -> impl Iterator<Item = Inode> {
         let pending = self.pending.iter().flat_map(|c| &c.0);
         let pending = pending.filter_map(|(_, inode)| *inode);
-        self.now.values().chain(self.durable.values()).copied().chain(pending)
+        self.now
+            .values()
+            .chain(self.durable.values())
+            .copied()
+            .chain(pending)
     }
 }
 
@@ -471,9 +480,9 @@ impl State {
         }
     }
 
-    /// A digest of all names and contents as they are now.
-    pub(super) fn fingerprint(&self) -> u64 {
-        let mut open = vec![TOP];
+    /// A digest of all names and contents below `start` as they are now.
+    pub(super) fn fingerprint(&self, start: Inode) -> u64 {
+        let mut open = vec![start];
         let mut sum = 0;
         while let Some(inode) = open.pop() {
             match self.node(inode) {

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Faults that the search found, each told and held by itself.
+
+use pcow_format::medium::sim::{Moment, Sim};
+use pcow_format::medium::{Domain, Site};
+use pcow_format::{Cluster, ErrorKind, Image, data_name};
+
+use crate::model::{ABSENT, BASE, CLUSTER_BYTES, LEFTOVER};
+use crate::setting::{self, IMAGE, Setting};
+use crate::workload::onto_other;
+
+const STORED: u64 = 0x5707_ed00;
+
+/// An image under test, opened on a medium of `domain`.
+fn start(domain: Domain) -> (Sim, Image, u128) {
+    let setting = Setting::new(domain, domain, None);
+    let sim = setting.start.process_death();
+    let image = setting::open(&sim, IMAGE, setting.boot).unwrap();
+    (sim, image, setting.boot)
+}
+
+/// The process dies right after the act at `site` of what `operation` does.
+fn killed_after(sim: &Sim, site: &str, operation: impl FnOnce()) -> Sim {
+    sim.record();
+    operation();
+    let moments = sim.moments();
+    let at_site = moments.iter().find(|m| m.act().site.0 == site);
+    at_site.map(Moment::process_death).unwrap()
+}
+
+/// The power goes, and nothing was written back that need not be.
+fn cut(sim: &Sim) -> Sim {
+    let moment = sim.now();
+    let choices = moment.choices();
+    moment.power_cut(&choices, &vec![0; choices.len()])
+}
+
+/// Stores a word on DAX and makes it durable, as a guest does.
+fn store_durably(image: &Image, cluster: u64) {
+    image
+        .make_writable(Cluster(cluster).only(), &mut Vec::new())
+        .unwrap();
+    let file = image.active().data_file();
+    let offset = cluster * CLUSTER_BYTES;
+    file.store_word(Site("guest.store"), offset, STORED)
+        .unwrap();
+    file.write_back(Site("guest.write_back"), offset).unwrap();
+    file.fence(Site("guest.fence"));
+}
+
+fn load(image: &Image, offset: u64) -> u64 {
+    let mut raw = [0; 8];
+    image.read(offset, &mut raw).unwrap();
+    u64::from_le_bytes(raw)
+}
+
+/// A process died between the rename of `image.json` and the sync of the directory. Its successor saw the new root and
+/// went on in the new layer, where everything was flushed; then the power went, the rename was lost, and all of it
+/// with it. Opening now syncs the directory.
+#[test]
+fn what_rests_on_a_root_that_a_dead_process_renamed_is_not_lost() {
+    let (sim, mut image, boot) = start(Domain::Dax);
+    let sim = killed_after(&sim, "root.rename", || {
+        image.snapshot(Some("s")).unwrap();
+    });
+    store_durably(&setting::open(&sim, IMAGE, boot).unwrap(), BASE);
+    let image = setting::open(&cut(&sim), IMAGE, boot + 1).unwrap();
+    assert_eq!(load(&image, BASE * CLUSTER_BYTES), STORED);
+}
+
+/// On DAX a process died between the store of a word and its fence. Its successor saw *data* and mapped the cluster; a
+/// guest stored into it and fenced; then the power went, the word was lost, and the cluster read as absent. Opening on
+/// DAX now syncs the map.
+#[test]
+fn what_rests_on_a_word_that_a_dead_process_did_not_fence_is_not_lost() {
+    let (sim, image, boot) = start(Domain::Dax);
+    let sim = killed_after(&sim, "active.word", || store_durably(&image, ABSENT));
+    store_durably(&setting::open(&sim, IMAGE, boot).unwrap(), ABSENT);
+    let image = setting::open(&cut(&sim), IMAGE, boot + 1).unwrap();
+    assert_eq!(load(&image, ABSENT * CLUSTER_BYTES), STORED);
+}
+
+/// On DAX a process died after it zeroed a cluster that held the rest of a copy that was cut off, and before it synced
+/// that. Its successor saw a hole, which counts as durable zero, and made it data; then the power went, the zeros were
+/// lost, and the old bytes showed. Opening on DAX now syncs the data.
+#[test]
+fn zeros_that_a_dead_process_did_not_sync_do_not_pass_for_a_hole() {
+    let (sim, image, boot) = start(Domain::Dax);
+    let sim = killed_after(&sim, "active.prepare.zero", || {
+        store_durably(&image, LEFTOVER)
+    });
+    store_durably(&setting::open(&sim, IMAGE, boot).unwrap(), LEFTOVER);
+    let image = setting::open(&cut(&sim), IMAGE, boot + 1).unwrap();
+    assert_eq!(load(&image, LEFTOVER * CLUSTER_BYTES + 4096), 0);
+}
+
+/// A rebase that was cut off left the files of the new base in the image's directory, where the root did not name them
+/// yet, and the next attempt failed because they were there. An adoption now replaces them.
+#[test]
+fn a_rebase_that_was_cut_off_can_be_run_again() {
+    let (sim, mut image, boot) = start(Domain::PageCache);
+    let sim = killed_after(&sim, "adopt.dir.sync", || {
+        image.rebase(&onto_other(), IMAGE).unwrap();
+    });
+    let mut image = setting::open(&sim, IMAGE, boot).unwrap();
+    image.rebase(&onto_other(), IMAGE).unwrap();
+    assert_eq!(image.below().depth(), 1);
+}
+
+/// A snapshot committed the new root and then failed to open what it names. It returned the error and went on with the
+/// old active layer, which the root called sealed. What the root is to name is now opened first.
+#[test]
+fn a_snapshot_whose_layers_cannot_be_opened_changes_nothing() {
+    let (sim, mut image, boot) = start(Domain::PageCache);
+    let dir = sim.top().open_dir(IMAGE).unwrap();
+    let base = image.root().layers.iter().find(|l| l.sealed).unwrap();
+    let (name, site) = (data_name(base.uuid), Site("test"));
+    dir.rename(site, &name, "elsewhere").unwrap();
+    let error = image.snapshot(Some("s")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BaseMissing, "{error}");
+    let stored = setting::stored(&sim, IMAGE, boot).unwrap();
+    assert!(stored.root().snapshots.is_empty());
+    dir.rename(site, "elsewhere", &name).unwrap();
+    image.snapshot(Some("s")).unwrap();
+}
