@@ -89,7 +89,11 @@ pub struct Layer {
 
 /// What a layer is and where its files are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case",
+    deny_unknown_fields
+)]
 pub enum Kind {
     /// A map and a data file in the image's own directory.
     Own,
