@@ -29,3 +29,10 @@ pub const LIBRARY_FOLDERS: &[&str] = &[
 
 /// Folders with the firmware that QEMU loads (`-L`), in search order.
 pub const FIRMWARE_FOLDERS: &[&str] = &["/usr/share/seabios", "/usr/share/qemu"];
+
+/// The files of [`FIRMWARE_FOLDERS`] that a machine needs to boot a kernel under KVM.
+pub const BOOT_FIRMWARE: &[&str] = &[
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+];

@@ -61,6 +61,18 @@ pub enum Error {
         /// The command that installs them.
         command: String,
     },
+    /// The lab host did not do all that it should.
+    #[error("the lab host with the kernel of {kernel}: {fault}\n{tail}\nthe whole output is in {}", log.display())]
+    Lab {
+        /// The Debian release of its kernel.
+        kernel: &'static str,
+        /// What is wrong.
+        fault: String,
+        /// The last lines that the log has of each failed step.
+        tail: String,
+        /// The log with the whole output.
+        log: PathBuf,
+    },
     /// The test run ended with failed stages.
     #[error("failed: {0}")]
     Failed(String),

@@ -26,6 +26,19 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
+    /// Starts the contents of an archive that is appended to an initramfs, in the folder `root`,
+    /// which is emptied.
+    ///
+    /// # Errors
+    /// The folder cannot be made.
+    pub fn addition(root: &Path) -> Result<Self> {
+        cache::remove_folder(root)?;
+        cache::create_folder(root)?;
+        Ok(Self {
+            root: root.to_path_buf(),
+        })
+    }
+
     /// Starts an initramfs in the folder `root`, which is emptied, with the script `init`.
     ///
     /// # Errors
@@ -82,9 +95,37 @@ impl Initramfs {
             libraries.extend(libraries_of(system, &found)?);
             self.copy(&found, &inside(system, &found))?;
         }
+        self.copy_libraries(system, &libraries)
+    }
+
+    /// Copies programs that were built on this machine, each under the name that comes with it
+    /// and without debugging information, and every library of this machine that they need.
+    ///
+    /// # Errors
+    /// A program or a library is not there, or `strip` fails.
+    pub fn copy_built(&self, programs: &[(&Path, String)]) -> Result<()> {
+        let system = Path::new("/");
+        let mut libraries = BTreeSet::new();
+        for (program, name) in programs {
+            libraries.extend(libraries_of(system, program)?);
+            self.strip(program, name)?;
+        }
+        self.copy_libraries(system, &libraries)
+    }
+
+    fn strip(&self, program: &Path, name: &str) -> Result<()> {
+        let to = self.root.join(name);
+        if let Some(folder) = to.parent() {
+            cache::create_folder(folder)?;
+        }
+        let mut strip = Command::new("strip");
+        run::capture(strip.arg("--strip-debug").arg("-o").arg(to).arg(program)).map(drop)
+    }
+
+    fn copy_libraries(&self, system: &Path, libraries: &BTreeSet<PathBuf>) -> Result<()> {
         self.copy(&system.join(arch::LOADER_FILE), arch::LOADER)?;
         for library in libraries {
-            self.copy(&library, &inside(system, &library))?;
+            self.copy(library, &inside(system, library))?;
         }
         Ok(())
     }
@@ -149,7 +190,11 @@ impl Initramfs {
         fs::rename(&compressed, file).map_err(Error::file("rename", &compressed))
     }
 
-    fn archive(&self, archive: &Path) -> Result<()> {
+    /// Writes everything, owned by root, as a cpio archive into `archive`.
+    ///
+    /// # Errors
+    /// `cpio` fails.
+    pub fn archive(&self, archive: &Path) -> Result<()> {
         let output = File::create(archive).map_err(Error::file("create", archive))?;
         let mut child = Command::new("cpio")
             .args(["-o", "-H", "newc", "-R", "0:0", "--quiet", "--reproducible"])
@@ -188,7 +233,7 @@ fn find_program(system: &Path, program: &str) -> Result<PathBuf> {
         .iter()
         .map(|folder| system.join(folder).join(program))
         .find(|path| path.exists())
-        .ok_or_else(|| Error::Unusable(format!("none of the guest's packages has {program}")))
+        .ok_or_else(|| Error::Unusable(format!("none of the packages has {program}")))
 }
 
 /// Asks the dynamic loader of the unpacked system, not the host's, which libraries it would load.
@@ -219,8 +264,9 @@ fn library(system: &Path, name: &str, found: &str) -> Result<PathBuf> {
         return Ok(path);
     }
     Err(Error::Unusable(format!(
-        "none of the guest's packages has the library {}",
-        name.trim()
+        "the library {} is not in {}",
+        name.trim(),
+        system.display()
     )))
 }
 
@@ -240,8 +286,11 @@ fn depmod(root: &Path, release: &str) -> Result<()> {
     .map(drop)
 }
 
-/// Lists everything below `root`, folders before what is in them.
-fn entries(root: &Path) -> Result<Vec<PathBuf>> {
+/// Lists everything below `root`, relative to it, folders before what is in them.
+///
+/// # Errors
+/// A folder cannot be read.
+pub fn entries(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = vec![PathBuf::new()];
     let mut next = 0;
     while let Some(folder) = found.get(next).map(|name| root.join(name)) {

@@ -11,6 +11,7 @@ mod cache;
 mod error;
 mod guest;
 mod initramfs;
+mod lab;
 mod modules;
 mod packages;
 mod qemu;
@@ -46,6 +47,8 @@ enum Task {
     Qemu(qemu::Arguments),
     /// Make a kernel and an initramfs for test guests from Debian's packages
     Guest(guest::Arguments),
+    /// Run what needs real KVM and real DAX filesystems, in an emulated host that has both
+    Lab(lab::Arguments),
     /// Set everything up, then run the formatter, the linter and all tests
     Test(test::Arguments),
 }
@@ -66,6 +69,7 @@ impl Task {
         match self {
             Self::Qemu(arguments) => qemu::command(&cache, &arguments),
             Self::Guest(arguments) => guest::command(&cache, &arguments),
+            Self::Lab(arguments) => lab::command(&cache, &arguments),
             Self::Test(arguments) => test::command(&cache, &arguments),
         }
     }

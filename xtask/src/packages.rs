@@ -17,23 +17,26 @@ pub enum Step {
     Guest,
     /// Running the tests.
     Test,
+    /// Making and running the lab host.
+    Lab,
 }
 
-use Step::{Guest, Qemu, Test};
+use Step::{Guest, Lab, Qemu, Test};
 
 /// Every package, the steps that need it, and what for.
 const TABLE: &[(&str, &[Step], &str)] = &[
+    ("binutils", &[Lab], "stripping programs"),
     ("bison", &[Qemu], "configure"),
     ("bzip2", &[Qemu], "configure"),
     ("ca-certificates", &[Qemu, Guest], "fetching"),
-    ("cpio", &[Guest, Test], "writing an initramfs"),
+    ("cpio", &[Guest, Lab, Test], "writing an initramfs"),
     ("dpkg-dev", &[Qemu], "unpacking a source package"),
     ("e2fsprogs", &[Test], "making ext4 filesystems"),
     ("flex", &[Qemu], "configure"),
-    ("gcc", &[Qemu, Test], "compiling and linking"),
+    ("gcc", &[Lab, Qemu, Test], "compiling and linking"),
     ("kmod", &[Guest], "depmod"),
     ("libaio-dev", &[Qemu], "asynchronous I/O"),
-    ("libc6-dev", &[Qemu, Test], "compiling and linking"),
+    ("libc6-dev", &[Lab, Qemu, Test], "compiling and linking"),
     ("libfdt-dev", &[Qemu], "the machine types"),
     ("libglib2.0-dev", &[Qemu], "QEMU's base library"),
     ("libnuma-dev", &[Qemu], "memory policies"),
@@ -44,9 +47,9 @@ const TABLE: &[(&str, &[Step], &str)] = &[
     ("patch", &[Qemu], "the patch series"),
     ("pkg-config", &[Qemu], "configure"),
     ("python3-venv", &[Qemu], "meson and ninja"),
-    ("qemu-system-data", &[Test], "firmware"),
+    ("qemu-system-data", &[Lab, Test], "firmware"),
     ("qemu-utils", &[Test], "comparing with qemu-img"),
-    ("seabios", &[Test], "firmware"),
+    ("seabios", &[Lab, Test], "firmware"),
     ("xfsprogs", &[Test], "making XFS filesystems"),
     ("xz-utils", &[Qemu, Guest], "unpacking"),
     ("zlib1g-dev", &[Qemu], "compression"),

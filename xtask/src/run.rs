@@ -203,6 +203,14 @@ pub fn seconds(duration: Duration) -> String {
     format!("{} min {} s", whole / 60, whole % 60)
 }
 
+/// Makes a command of the cargo that runs us, in the repository's root folder.
+pub fn cargo(arguments: &[&str]) -> Command {
+    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.current_dir(repository()).args(arguments);
+    command
+}
+
 /// The repository's root folder.
 pub fn repository() -> PathBuf {
     let package = env::var_os("CARGO_MANIFEST_DIR")

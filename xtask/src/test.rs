@@ -4,7 +4,6 @@
 //! Later stages run even if earlier ones failed, so that one run shows all there is to mend;
 //! only what a failed stage was to make keeps those that need it from running.
 
-use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
@@ -100,7 +99,7 @@ fn make_machine(cache: &Cache, report: &mut Report) -> Option<Machine> {
 }
 
 fn test(arguments: &Arguments, machine: Option<&Machine>, report: &mut Report) {
-    let mut command = cargo(&["test", "--workspace", "--release", "--no-fail-fast"]);
+    let mut command = run::cargo(&["test", "--workspace", "--release", "--no-fail-fast"]);
     match machine {
         Some(machine) => command.envs(machine.variables()),
         None => command.args(["--exclude", END_TO_END]),
@@ -122,14 +121,6 @@ impl Machine {
             ("PCOW_GUEST_INITRD", self.guest.initramfs.clone().into()),
         ]
     }
-}
-
-/// Makes a command of the cargo that runs us, in the repository's root folder.
-fn cargo(arguments: &[&str]) -> Command {
-    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(program);
-    command.current_dir(run::repository()).args(arguments);
-    command
 }
 
 fn shown(command: &mut Command) -> Result<()> {
@@ -171,7 +162,7 @@ impl Report {
     }
 
     fn cargo(&mut self, name: &'static str, arguments: &[&str]) -> Option<()> {
-        self.run(name, || shown(&mut cargo(arguments)))
+        self.run(name, || shown(&mut run::cargo(arguments)))
     }
 
     fn not_run(&mut self, name: &'static str) {

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Makes a DAX filesystem on the persistent memory and writes files with their checksums.
+# $1: name of the first file
+set -eu
+cat /sys/block/pmem0/size
+grep -m1 -o -w hypervisor /proc/cpuinfo
+ndctl create-namespace -f -e namespace0.0 -m fsdax -a 2M -M mem
+mkfs.ext4 -q -F -b 4096 /dev/pmem0
+mount -o dax /dev/pmem0 /mnt
+cd /mnt
+dd if=/dev/urandom of="$1" bs=64k count=64 2>/dev/null
+dd if=/dev/urandom of=other bs=64k count=64 2>/dev/null
+sha256sum "$1" other >sums
+cp sums "sums.$1"
+cd /
+umount /mnt

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What is appended to the lab host's initramfs: the patched QEMU, the programs of this workspace,
+//! the guest that runs inside, and the scripts of `tests/lab`.
+//!
+//! ```text
+//! /script                      runs /lab/host.sh
+//! /lab/                        tests/lab, pcow-backend, pcow-img
+//! /lab/deps/<package>.<test>   tests; they find programs one folder up
+//! /lab/machine/                kernel and initramfs of the guest inside
+//! /usr/bin/qemu-system-x86_64  and firmware where that QEMU looks for it
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::arch;
+use crate::boot::Boot;
+use crate::error::{Error, Result};
+use crate::initramfs::Initramfs;
+use crate::lab::programs::Program;
+use crate::run;
+
+/// What goes in.
+#[derive(Debug)]
+pub struct Contents {
+    /// The patched QEMU.
+    pub qemu: PathBuf,
+    /// The guest inside.
+    pub guest: Boot,
+    /// The programs of this workspace.
+    pub programs: Vec<Program>,
+}
+
+impl Contents {
+    /// Writes the lab host `base` with these contents into `folder`.
+    ///
+    /// # Errors
+    /// A file is not there or cannot be written, or a program that packs fails.
+    pub fn add_to(&self, base: &Boot, folder: &Path) -> Result<Boot> {
+        let addition = Initramfs::addition(&folder.join("contents"))?;
+        self.copy_to(&addition)?;
+        let archive = folder.join("contents.cpio");
+        addition.archive(&archive)?;
+        let initramfs = folder.join("initramfs");
+        join(&[&base.initramfs, &archive], &initramfs)?;
+        Ok(Boot {
+            kernel: base.kernel.clone(),
+            initramfs,
+        })
+    }
+
+    fn copy_to(&self, addition: &Initramfs) -> Result<()> {
+        let mut built = vec![(
+            self.qemu.as_path(),
+            format!("usr/bin/{}", arch::QEMU_BINARY),
+        )];
+        for program in &self.programs {
+            built.push((&program.path, format!("lab/{}", program.name)));
+        }
+        addition.copy_built(&built)?;
+        for file in arch::BOOT_FIRMWARE {
+            addition.copy(Path::new(file), file.trim_start_matches('/'))?;
+        }
+        addition.copy(&self.guest.kernel, "lab/machine/vmlinuz")?;
+        addition.copy(&self.guest.initramfs, "lab/machine/initramfs.gz")?;
+        copy_scripts(addition)?;
+        addition.write("script", "exec sh /lab/host.sh\n")
+    }
+}
+
+fn copy_scripts(addition: &Initramfs) -> Result<()> {
+    let root = run::repository().join("tests/lab");
+    for name in crate::initramfs::entries(&root)? {
+        let path = root.join(&name);
+        if path.is_file() {
+            addition.copy(&path, &format!("lab/{}", name.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes `parts`, one behind the other, to `whole`.
+fn join(parts: &[&Path], whole: &Path) -> Result<()> {
+    let mut to = File::create(whole).map_err(Error::file("create", whole))?;
+    for part in parts {
+        let mut from = File::open(part).map_err(Error::file("open", part))?;
+        io::copy(&mut from, &mut to).map_err(Error::file("write", whole))?;
+    }
+    Ok(())
+}

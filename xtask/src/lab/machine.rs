@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The lab host as a process: QEMU that emulates everything, its console in a log, its reports on
+//! a second serial line.
+//!
+//! Does not know what the reports mean.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use crate::boot::Boot;
+use crate::error::{Error, Result};
+use crate::run;
+
+/// The name of the log in the machine's folder.
+const LOG: &str = "console.log";
+
+/// Persistent memory of the lab host: the filesystems under test.
+const NVDIMM_BYTES: u64 = 2 << 30;
+
+/// The lab host ends a step that takes longer than ten minutes; when it says nothing for longer,
+/// it hangs.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// A lab host that is not running yet.
+#[derive(Debug)]
+pub struct Machine<'a> {
+    /// The emulator.
+    pub qemu: &'a Path,
+    /// What it boots.
+    pub boot: &'a Boot,
+    /// A folder for its files.
+    pub folder: &'a Path,
+    /// The environment of its init, as `NAME=value` words of the kernel's command line.
+    pub environment: &'a str,
+}
+
+impl Machine<'_> {
+    /// Where its console's output goes, with what QEMU itself says.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join(LOG)
+    }
+
+    /// Runs it to its end, with each line of the reports given to `each`.
+    ///
+    /// # Errors
+    /// QEMU cannot be started, fails, or says nothing for fifteen minutes.
+    pub fn run(&self, mut each: impl FnMut(&str)) -> Result<()> {
+        let log = self.log();
+        let messages = File::create(&log)
+            .and_then(|_| OpenOptions::new().append(true).open(&log))
+            .map_err(Error::file("create", &log))?;
+        let mut command = self.command()?;
+        command
+            .arg("-chardev")
+            .arg(format!("file,id=console,append=on,path={LOG}"))
+            .args(["-serial", "chardev:console", "-serial", "stdio"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(messages);
+        let mut running = Running::start(&mut command)?;
+        for line in running.lines() {
+            each(&line?);
+        }
+        let status = running.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Failed(format!("QEMU ended with {status}")))
+    }
+
+    /// Runs it with its console on the terminal.
+    ///
+    /// # Errors
+    /// QEMU cannot be started, or fails.
+    pub fn run_on_terminal(&self) -> Result<()> {
+        let mut command = self.command()?;
+        command.args(["-serial", "mon:stdio", "-serial", "null"]);
+        if run::shown(&mut command)? {
+            return Ok(());
+        }
+        Err(Error::Failed("QEMU".into()))
+    }
+
+    /// All but the serial lines. The names of files are relative to the folder, because commas in
+    /// a name would end it.
+    fn command(&self) -> Result<Command> {
+        let nvdimm = self.folder.join("nvdimm");
+        File::create(&nvdimm)
+            .and_then(|file| file.set_len(NVDIMM_BYTES))
+            .map_err(Error::file("create", &nvdimm))?;
+        let memory =
+            format!("memory-backend-file,id=pm,mem-path=nvdimm,size={NVDIMM_BYTES},share=on");
+        let append = format!("console=ttyS0 quiet panic=-1 {}", self.environment);
+        let mut command = Command::new(self.qemu);
+        command
+            .current_dir(self.folder)
+            .args(["-machine", "q35,nvdimm=on,accel=tcg"])
+            .args(["-cpu", "max,+svm,+npt", "-smp", "2"])
+            .args(["-m", "3G,slots=2,maxmem=16G"])
+            .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            .args(["-object", &memory, "-device", "nvdimm,id=nv,memdev=pm"])
+            .arg("-kernel")
+            .arg(&self.boot.kernel)
+            .arg("-initrd")
+            .arg(&self.boot.initramfs)
+            .args(["-append", &append]);
+        Ok(command)
+    }
+}
+
+/// A QEMU process; killed when dropped.
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    reports: Receiver<String>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Result<Self> {
+        let name = PathBuf::from(command.get_program()).display().to_string();
+        let mut child = command.spawn().map_err(run::start_error(&name))?;
+        let (sender, reports) = channel();
+        if let Some(output) = child.stdout.take() {
+            thread::spawn(move || {
+                for line in lines_of(output) {
+                    if sender.send(line).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        Ok(Self { child, reports })
+    }
+
+    /// The lines up to the end of the output, or an error if none comes for too long.
+    fn lines(&self) -> impl Iterator<Item = Result<String>> {
+        std::iter::from_fn(|| match self.reports.recv_timeout(PATIENCE) {
+            Ok(line) => Some(Ok(line)),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => Some(Err(Error::Failed(format!(
+                "the lab host has said nothing for {}",
+                run::seconds(PATIENCE)
+            )))),
+        })
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        self.child.wait().map_err(run::start_error("QEMU"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn lines_of(output: impl Read) -> impl Iterator<Item = String> {
+    BufReader::new(output)
+        .split(b'\n')
+        .map_while(|line| line.ok())
+        .map(|line| String::from_utf8_lossy(&line).trim_end().to_string())
+}

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask lab`: runs the whole production stack where it is meant to run, on any machine.
+//!
+//! QEMU without KVM emulates AMD's SVM with nested paging and an NVDIMM, so that its guest, the
+//! *lab host*, has the real kvm_amd and real DAX filesystems. There the tests run, and the patched
+//! QEMU boots a guest of its own under KVM.
+
+mod contents;
+mod machine;
+mod programs;
+mod report;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::ValueEnum;
+
+use crate::boot::Recipe;
+use crate::cache::{self, Cache};
+use crate::error::{Error, Result};
+use crate::guest;
+use crate::modules::{module, optional};
+use crate::packages::{self, Step};
+use crate::qemu;
+use crate::run::{self, Log};
+
+use contents::Contents;
+use machine::Machine;
+use report::{Report, tail_of};
+
+/// Arguments of `cargo xtask lab`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// The Debian release whose kernel the lab host runs
+    #[arg(long, value_enum, default_value_t = Kernel::Bookworm)]
+    kernel: Kernel,
+    /// Run only the steps that `cargo xtask test` runs, too
+    #[arg(long, conflicts_with = "shell")]
+    short: bool,
+    /// Run no step; give a shell in the lab host instead (`poweroff -f` ends it)
+    #[arg(long)]
+    shell: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kernel {
+    /// Debian 12
+    Bookworm,
+    /// Debian 13
+    Trixie,
+    /// One after the other
+    Both,
+}
+
+impl Kernel {
+    fn releases(self) -> &'static [&'static str] {
+        match self {
+            Self::Bookworm => &["bookworm"],
+            Self::Trixie => &["trixie"],
+            Self::Both => &["bookworm", "trixie"],
+        }
+    }
+}
+
+const HOST: Recipe = Recipe {
+    name: "lab",
+    packages: &["busybox-static", "e2fsprogs", "ndctl", "xfsprogs"],
+    programs: &[
+        "busybox",
+        "chattr",
+        "debugfs",
+        "dumpe2fs",
+        "e2fsck",
+        "filefrag",
+        "mke2fs",
+        "mkfs.ext4",
+        "mkfs.xfs",
+        "ndctl",
+        "xfs_db",
+        "xfs_io",
+        "xfs_repair",
+    ],
+    modules: &[
+        optional("crc32c_generic"),
+        optional("crc32c_intel"),
+        module("irqbypass"),
+        module("kvm"),
+        module("ccp"),
+        module("kvm_amd"),
+        module("libnvdimm"),
+        module("nfit"),
+        module("nd_btt"),
+        module("nd_pmem"),
+        module("dax"),
+        module("loop"),
+        module("ext4"),
+        module("xfs"),
+        // What shares a guest's memory with the host's kernel.
+        module("tun"),
+        module("vhost_net"),
+        module("vhost_vsock"),
+    ],
+    init: guest::INIT,
+};
+
+/// Runs the lab host with each kernel asked for.
+///
+/// # Errors
+/// Something cannot be made, or a step in the lab host failed or said nothing.
+pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
+    let form = match arguments {
+        Arguments { shell: true, .. } => Form::Shell,
+        Arguments { short: true, .. } => Form::Short,
+        _ => Form::Full,
+    };
+    let lab = Lab::new(cache)?;
+    let mut failed = Vec::new();
+    for release in arguments.kernel.releases() {
+        if let Err(error) = lab.run(release, form) {
+            crate::report(&error);
+            failed.push(*release);
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Failed(failed.join(", ")))
+}
+
+/// What the lab host is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Short,
+    Full,
+    Shell,
+}
+
+impl Form {
+    /// As the scripts know it.
+    fn environment(self) -> &'static str {
+        match self {
+            Self::Short => "LAB_FORM=short",
+            Self::Full => "LAB_FORM=full",
+            Self::Shell => "LAB_FORM=shell",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Lab<'a> {
+    cache: &'a Cache,
+    contents: Contents,
+}
+
+impl<'a> Lab<'a> {
+    /// Builds everything that does not depend on the lab host's kernel.
+    fn new(cache: &'a Cache) -> Result<Self> {
+        let log = Log::create(&cache.folder("lab")?.join("packages.log"))?;
+        packages::ensure(&[Step::Lab], &log)?;
+        let contents = Contents {
+            qemu: qemu::build(cache)?,
+            guest: guest::build(cache)?,
+            programs: programs::build()?,
+        };
+        Ok(Self { cache, contents })
+    }
+
+    fn run(&self, release: &'static str, form: Form) -> Result<()> {
+        let base = HOST.build(self.cache, Some(release))?;
+        let part = format!("lab-{release}");
+        let _lock = self.cache.lock(&part)?;
+        let folder = self.cache.folder(&part)?;
+        let boot = self.contents.add_to(&base, &folder)?;
+        let machine = Machine {
+            qemu: &self.contents.qemu,
+            boot: &boot,
+            folder: &folder,
+            environment: form.environment(),
+        };
+        let outcome = match form {
+            Form::Shell => machine.run_on_terminal(),
+            Form::Short | Form::Full => run_steps(&machine, release),
+        };
+        // They take much space; the log stays.
+        for name in ["contents.cpio", "initramfs", "nvdimm"] {
+            let path = folder.join(name);
+            fs::remove_file(&path).map_err(Error::file("remove", &path))?;
+        }
+        cache::remove_folder(&folder.join("contents"))?;
+        outcome
+    }
+}
+
+fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<()> {
+    eprintln!(
+        "the lab host with the kernel of {release}; its log is {}",
+        machine.log().display()
+    );
+    let (begin, mut last) = (Instant::now(), Instant::now());
+    let mut report = Report::default();
+    let ended = machine.run(|line| {
+        if let Some(step) = report.take(line) {
+            let outcome = if step.passed { "ok" } else { "FAILED" };
+            eprintln!(
+                "  {:<32}{outcome:<8}{}",
+                step.name,
+                run::seconds(last.elapsed())
+            );
+            last = Instant::now();
+        }
+    });
+    eprintln!("  in all {}", run::seconds(begin.elapsed()));
+    let fault = match (report.fault(), ended) {
+        (None, Ok(())) => return Ok(()),
+        (Some(fault), Ok(())) => fault,
+        (None, Err(error)) => error.to_string(),
+        (Some(fault), Err(error)) => format!("{fault}; {error}"),
+    };
+    Err(failure(release, machine.log(), &report, fault))
+}
+
+fn failure(kernel: &'static str, log: PathBuf, report: &Report, fault: String) -> Error {
+    let text = fs::read(&log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let mut tails: Vec<String> = report
+        .failed()
+        .map(|step| tail_of(&step.name, &text))
+        .collect();
+    if tails.is_empty() {
+        tails.push(tail_of("", &text));
+    }
+    Error::Lab {
+        kernel,
+        fault,
+        tail: tails.join("\n"),
+        log,
+    }
+}
