@@ -80,6 +80,26 @@ impl Backend {
         self.log.lock().unwrap().clone()
     }
 
+    /// What the last session that is over did, as the log says.
+    pub fn session_counts(&self) -> SessionCounts {
+        let log = self.log();
+        let line = log.iter().rfind(|line| line.contains("session over: "));
+        let line = line.expect("a session is over");
+        let (_, text) = line.split_once("session over: ").unwrap();
+        let mut numbers = text
+            .split(|c: char| !c.is_ascii_digit())
+            .filter_map(|n| n.parse().ok());
+        let mut next = || numbers.next().unwrap();
+        SessionCounts {
+            faults: next(),
+            maps: next(),
+            unmaps: next(),
+            read_copies: next(),
+            evictions: next(),
+            runs: next(),
+        }
+    }
+
     /// Waits until a log line contains `text`.
     pub fn wait_for_log(&self, text: &str) {
         let found = || self.log().iter().any(|line| line.contains(text));
@@ -107,6 +127,23 @@ impl Backend {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
+}
+
+/// What happened in a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionCounts {
+    /// Fault events.
+    pub faults: u64,
+    /// MAPs.
+    pub maps: u64,
+    /// UNMAPs.
+    pub unmaps: u64,
+    /// Read copies made.
+    pub read_copies: u64,
+    /// Read copies evicted.
+    pub evictions: u64,
+    /// Runs that were mapped at the end.
+    pub runs: u64,
 }
 
 impl Drop for Backend {

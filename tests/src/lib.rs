@@ -3,25 +3,30 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod backend;
+pub mod loop_mount;
+pub mod memory;
+pub mod proc;
 pub mod random;
 pub mod scratch;
 pub mod waiting;
 
 use std::path::PathBuf;
 
-/// A program of the workspace, beside the running test.
+/// A program of the workspace, beside the running test or program.
 ///
 /// # Panics
 /// If it was not built: `cargo build --bins` (with `--release` for release tests) does that, and `cargo xtask test` does
 /// it by itself.
 pub fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let dir = test.parent().and_then(|deps| deps.parent()).unwrap();
-    let path = dir.join(name);
-    assert!(
-        path.exists(),
-        "{} is not there: build it with 'cargo build --workspace --bins' first",
-        path.display()
-    );
-    path
+    let running = std::env::current_exe().unwrap();
+    // A test is in a folder below that of the programs.
+    let mut found = running
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name));
+    let missing = "build it with 'cargo build --workspace --bins' first";
+    found
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{name} is not there: {missing}"))
 }

@@ -103,7 +103,9 @@ fn header(request: u32, flags: u32, size: u32) -> Vec<u8> {
 fn garbage_ends_the_connection_that_it_came_over() {
     let host = Host::new();
     let mut random = Random::new(3);
-    let noise: Vec<u8> = (0..512).flat_map(|_| random.next().to_ne_bytes()).collect();
+    let noise: Vec<u8> = (0..512)
+        .flat_map(|_| random.next_word().to_ne_bytes())
+        .collect();
     let cases = [
         ("noise", noise),
         ("zeros", vec![0; 64]),
@@ -334,10 +336,13 @@ fn a_frontend_that_does_not_serve_its_channel_is_given_up() {
     host.assert_unharmed("a channel that nobody serves");
 }
 
+/// Makes the bytes that a frontend answers a request with.
+type Answer<'a> = &'a dyn Fn(&BackendRequest) -> Vec<u8>;
+
 #[test]
 fn wrong_answers_on_the_backend_channel_end_the_session() {
     let host = Host::new();
-    let answers: [&dyn Fn(&BackendRequest) -> Vec<u8>; 3] = [
+    let answers: [Answer<'_>; 3] = [
         &|_| vec![0xff; 20],
         &|_| [header(1004, 1 | 4, 8), vec![0; 8]].concat(),
         &|request| {

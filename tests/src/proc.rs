@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the kernel tells of a process in `/proc` (proc(5)): its descriptors, and the memory of a range of addresses.
+
+use std::fs;
+use std::ops::Range;
+
+use pcow_protocol::frontend::GuestRegion;
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+/// How many descriptors the process `pid` has open.
+pub fn descriptor_count(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// Lets this process open as many files as it may: a chain of a thousand layers takes two for each.
+pub fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+/// `vm.max_map_count`.
+pub fn max_map_count() -> usize {
+    let text = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// One mapping of this process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapping {
+    /// Its addresses.
+    pub addresses: Range<u64>,
+    /// As in `/proc/self/maps`: `rw-s` and the like.
+    pub access: String,
+    /// The mapped file, empty for anonymous memory.
+    pub file: String,
+    /// Bytes of anonymous pages in it.
+    pub anonymous_bytes: u64,
+}
+
+/// The mappings of this process that lie in a region.
+pub fn mappings(region: &GuestRegion) -> Vec<Mapping> {
+    let start = u64::try_from(region.as_ptr().addr()).unwrap();
+    let whole = start..start + u64::try_from(region.len()).unwrap();
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        if let Some(mapping) = head(line) {
+            mappings.push(mapping);
+        } else if let Some(kib) = line.strip_prefix("Anonymous:") {
+            let kib: u64 = kib.trim().trim_end_matches(" kB").parse().unwrap();
+            mappings.last_mut().unwrap().anonymous_bytes = kib << 10;
+        }
+    }
+    mappings.retain(|m| m.addresses.start >= whole.start && m.addresses.end <= whole.end);
+    mappings
+}
+
+/// The first line of a mapping's entry: addresses, access, offset, device, inode, file.
+fn head(line: &str) -> Option<Mapping> {
+    let (addresses, rest) = line.split_once(' ')?;
+    let (start, end) = addresses.split_once('-')?;
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    let mut fields = rest.split_whitespace();
+    Some(Mapping {
+        addresses: address(start)?..address(end)?,
+        access: fields.next()?.to_owned(),
+        file: fields.nth(3).unwrap_or_default().to_owned(),
+        anonymous_bytes: 0,
+    })
+}
