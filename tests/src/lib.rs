@@ -3,9 +3,15 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod backend;
+pub mod files;
+pub mod guest;
 pub mod loop_mount;
 pub mod memory;
+pub mod output;
+pub mod pattern;
 pub mod proc;
+pub mod qemu;
+pub mod qmp;
 pub mod random;
 pub mod scratch;
 pub mod waiting;

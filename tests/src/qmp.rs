@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! QEMU's monitor protocol, as far as tests need it. Events are passed over.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// A connection to a monitor.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    /// Connects to the monitor at `path`; it has to answer each command within `patience`.
+    pub fn connect(path: &Path, patience: Duration) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(patience)).unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap());
+        let mut qmp = Self { stream, lines };
+        assert!(qmp.receive().get("QMP").is_some());
+        qmp.command("qmp_capabilities");
+        qmp
+    }
+
+    /// Runs a command without arguments that has to succeed.
+    pub fn command(&mut self, name: &str) -> Value {
+        self.execute(name, &json!({})).unwrap()
+    }
+
+    /// Runs a command.
+    ///
+    /// # Errors
+    /// The description of the error that QEMU answered with.
+    pub fn execute(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
+        let command = json!({ "execute": name, "arguments": arguments });
+        writeln!(self.stream, "{command}").unwrap();
+        loop {
+            let mut answer = self.receive();
+            if let Some(error) = answer.get("error") {
+                return Err(error["desc"].as_str().unwrap().to_owned());
+            }
+            if answer.get("return").is_some() {
+                return Ok(answer["return"].take());
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Value {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("no answer: '{line}': {e}"))
+    }
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Real Linux guests in the patched QEMU, under its own emulation of the processor (TCG).
+//!
+//! One program, so that the limit on machines that run at once holds for all of them. Run by `cargo xtask test`, which
+//! makes QEMU and the guest.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod clones;
+mod monitor;
+mod refusals;
+mod snapshots;
+mod thin;
