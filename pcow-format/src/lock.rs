@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::medium::{Access, Directory, Site};
@@ -21,6 +22,9 @@ use crate::medium::{Access, Directory, Site};
 pub const LOCK_FILE: &str = "lock";
 const IN_USE: i64 = 0;
 const SERVING: i64 = 1;
+/// How long a lock may still be held by nobody that matters: a child that a threaded program starts has copies of its
+/// descriptors, and so of its locks, until it executes its own program.
+const GRACE: Duration = Duration::from_millis(200);
 /// Longest text of a holder that is read.
 const MAX_HOLDER_BYTES: usize = 256;
 
@@ -113,13 +117,20 @@ fn open(dir: &dyn Directory, access: Access) -> Result<Option<File>> {
 }
 
 fn lock(file: &File, kind: i32, byte: i64) -> Result<()> {
-    set(file, kind, byte).map_err(|e| match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
-            let what = format!("the image is in use by {}", holder_text(file));
-            Error::new(ErrorKind::Locked, what)
+    let deadline = Instant::now() + GRACE;
+    loop {
+        match set(file, kind, byte) {
+            Ok(()) => return Ok(()),
+            Err(e) if !matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                return Err(Error::new(ErrorKind::Io, "cannot lock the image").caused_by(e));
+            }
+            Err(_) if Instant::now() < deadline => std::thread::sleep(GRACE / 20),
+            Err(_) => {
+                let what = format!("the image is in use by {}", holder_text(file));
+                return Err(Error::new(ErrorKind::Locked, what));
+            }
         }
-        _ => Error::new(ErrorKind::Io, "cannot lock the image").caused_by(e),
-    })
+    }
 }
 
 fn set(file: &File, kind: i32, byte: i64) -> io::Result<()> {
