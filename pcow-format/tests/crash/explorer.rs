@@ -14,7 +14,7 @@ use pcow_format::medium::sim::{Choice, Moment, Sim};
 use crate::model::Model;
 use crate::oracle::{End, Survivor, Use, judge, use_and_flush};
 use crate::setting::Setting;
-use crate::workload::{OPERATIONS, Run};
+use crate::workload::{OPERATIONS, Point, Run};
 
 /// A small generator of reproducible numbers (splitmix64).
 #[derive(Debug, Clone)]
@@ -171,36 +171,32 @@ impl<'a> Explorer<'a> {
                 problem: broken.problem,
             })
         };
-        let (moments, boot) = match self.run(workload, seed) {
+        let mut run = match self.run(workload, seed) {
             Ok(Some(run)) => run,
             Ok(None) => return Ok(()),
             Err(problem) => return Err(violation(Vec::new(), Broken::after("none")(problem))),
         };
         self.stats.workloads += 1;
-        for (i, (moment, possible)) in moments.iter().enumerate() {
+        let points = run.points();
+        for (i, point) in points.iter().enumerate() {
             self.stats.acts += 1;
-            self.stats.sites.insert(moment.act().site);
-            if let Err(broken) = self.crash(moment, possible, boot) {
-                return Err(violation(trace(&moments[..=i]), broken));
+            self.stats.sites.insert(point.moment.act().site);
+            if let Err(broken) = self.crash(&point.moment, &point.possible, run.boot) {
+                return Err(violation(trace(&points[..=i]), broken));
             }
         }
         Ok(())
     }
 
-    /// The moments of the last operation; `None` if the workload cannot be done.
-    #[allow(clippy::type_complexity)]
-    fn run(
-        &self,
-        workload: &[usize],
-        seed: u64,
-    ) -> Result<Option<(Vec<(Moment, Vec<Model>)>, u128)>, String> {
+    /// Performs a workload; `None` if it cannot be done.
+    fn run(&self, workload: &[usize], seed: u64) -> Result<Option<Run<'a>>, String> {
         let mut run = Run::new(self.setting, seed)?;
         for operation in workload {
             if !run.perform(&OPERATIONS[*operation])? {
                 return Ok(None);
             }
         }
-        Ok(Some((run.moments(), run.boot)))
+        Ok(Some(run))
     }
 
     fn crash(&mut self, moment: &Moment, possible: &[Model], boot: u128) -> Result<(), Broken> {
@@ -371,7 +367,7 @@ const MAX_SHRUNK: usize = 256;
 /// Lost things that are told one by one.
 const MAX_SHOWN: usize = 8;
 
-fn trace(moments: &[(Moment, Vec<Model>)]) -> Vec<String> {
-    let sites = moments.iter().map(|(m, _)| m.act());
-    sites.map(|a| format!("{} ({})", a.site.0, a.on)).collect()
+fn trace(points: &[Point]) -> Vec<String> {
+    let acts = points.iter().map(|p| p.moment.act());
+    acts.map(|a| format!("{} ({})", a.site.0, a.on)).collect()
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
 use pcow_format::ops::{Base, NewBase, RebaseMode};
-use pcow_format::{Cluster, Image};
+use pcow_format::{Cluster, Image, Source};
 
 use crate::explorer::{Random, newest};
 use crate::model::{
@@ -31,6 +31,7 @@ pub const OPERATIONS: &[Operation] = &[
     operation("guest flush", |r| r.guest_flush()),
     operation("flush", |r| r.flush()),
     operation("prepare", |r| r.prepare()),
+    operation("give back", |r| r.give_back()),
     operation("snapshot", |r| r.snapshot()),
     operation("rollback", |r| r.rollback()),
     operation("rebase", |r| r.rebase()),
@@ -49,6 +50,13 @@ const fn operation(name: &'static str, run: fn(&mut Run<'_>) -> Result<bool, Str
 struct Transition {
     acts: Range<usize>,
     possible: Vec<Model>,
+}
+
+/// A moment of an operation, with what the image may show after a crash then.
+#[derive(Debug)]
+pub struct Point {
+    pub moment: Moment,
+    pub possible: Vec<Model>,
 }
 
 /// A workload under way.
@@ -96,13 +104,14 @@ impl<'a> Run<'a> {
         Ok(true)
     }
 
-    /// The moments of the last operation, each with what the image may show after a crash then.
-    pub fn moments(&mut self) -> Vec<(Moment, Vec<Model>)> {
-        let moments = self.sim.moments();
-        let numbered = moments.into_iter().enumerate();
-        numbered
-            .map(|(i, moment)| (moment, self.possible(i)))
-            .collect()
+    /// The points at which the last operation may be cut off.
+    pub fn points(&mut self) -> Vec<Point> {
+        let numbered = self.sim.moments().into_iter().enumerate();
+        let point = |(i, moment)| Point {
+            moment,
+            possible: self.possible(i),
+        };
+        numbered.map(point).collect()
     }
 
     fn possible(&self, act: usize) -> Vec<Model> {
@@ -249,12 +258,22 @@ impl<'a> Run<'a> {
         self.reopen()
     }
 
+    /// Storage ahead of stores, for what no layer has.
     fn prepare(&mut self) -> Result<bool, String> {
-        if self.image().source(Cluster(ABSENT)).map_err(text)? != pcow_format::Source::Nobody {
-            return Ok(false);
+        let mut prepared = false;
+        for cluster in [ABSENT, LEFTOVER].map(Cluster) {
+            if self.image().source(cluster).map_err(text)? == Source::Nobody {
+                self.unseen(|image| image.active().prepare(cluster.only()))?;
+                prepared = true;
+            }
         }
-        self.unseen(|image| image.active().prepare(Cluster(ABSENT).only()))?;
-        Ok(true)
+        Ok(prepared)
+    }
+
+    /// Prepared storage that was not used is given back.
+    fn give_back(&mut self) -> Result<bool, String> {
+        self.unseen(|image| image.active().give_back_prepared())?;
+        Ok(self.sim.recorded() > 0)
     }
 
     /// The process dies and another one opens the image.

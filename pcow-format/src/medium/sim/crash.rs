@@ -4,9 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::names::DirectoryNode;
 use super::state::{
-    Content, DirectoryNode, FileNode, Inode, Node, PAGE_BYTES, State, TOP, Versions, WORD_BYTES,
-    content, raw,
+    Content, FileNode, Inode, Node, PAGE_BYTES, State, TOP, Versions, WORD_BYTES, content, raw,
 };
 use super::{Act, Settings, Sim};
 use crate::medium::Domain;

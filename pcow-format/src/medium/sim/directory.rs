@@ -6,7 +6,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::file::SimFile;
-use super::state::{DirectoryNode, Inode, NameChange, Node};
+use super::names::{DirectoryNode, NameChange};
+use super::state::{Inode, Node};
 use super::{Inner, Sim, os_error};
 use crate::medium::real::RealDirectory;
 use crate::medium::{Access, Directory, File, Site};

@@ -12,6 +12,7 @@
 mod crash;
 mod directory;
 mod file;
+mod names;
 mod state;
 
 use std::collections::BTreeSet;
@@ -173,4 +174,124 @@ impl Sim {
 
 fn os_error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::medium::{Access, File};
+
+    const SITE: Site = Site("test");
+
+    fn create(sim: &Sim, name: &str) -> Arc<dyn File> {
+        let file = sim.top().create(SITE, name).unwrap();
+        file.set_len(SITE, 8192).unwrap();
+        file.sync_data(SITE).unwrap();
+        sim.top().sync(SITE).unwrap();
+        file
+    }
+
+    /// What every possible power cut leaves, as told by `look`.
+    fn after_all_cuts<T: Ord>(sim: &Sim, look: impl Fn(&Sim) -> T) -> BTreeSet<T> {
+        let moment = sim.now();
+        let choices = moment.choices();
+        let mut all = vec![Vec::new()];
+        for choice in &choices {
+            let longer = |p: &Vec<usize>| {
+                let p = p.clone();
+                (0..choice.options()).map(move |o| [p.clone(), vec![o]].concat())
+            };
+            all = all.iter().flat_map(longer).collect();
+        }
+        let cut = |picks: &Vec<usize>| look(&moment.power_cut(&choices, picks));
+        all.iter().map(cut).collect()
+    }
+
+    fn bytes_at(offsets: [u64; 2]) -> impl Fn(&Sim) -> [u8; 2] {
+        move |sim| {
+            let file = sim.top().open("f", Access::Read).unwrap();
+            offsets.map(|offset| {
+                let mut byte = [0xee];
+                file.read_at(&mut byte, offset).unwrap();
+                byte[0]
+            })
+        }
+    }
+
+    fn names(sim: &Sim) -> Vec<String> {
+        sim.top().names().unwrap()
+    }
+
+    #[test]
+    fn a_page_keeps_any_version_since_its_sync_and_none_before() {
+        let sim = Sim::new(Domain::PageCache);
+        let file = create(&sim, "f");
+        for byte in 1..=4 {
+            file.write_at(SITE, &[byte], 0).unwrap();
+            if byte == 2 {
+                file.sync_data(SITE).unwrap();
+            }
+        }
+        file.write_at(SITE, &[9], 4096).unwrap();
+        let left = after_all_cuts(&sim, bytes_at([0, 4096]));
+        let expected = [[2, 0], [2, 9], [3, 0], [3, 9], [4, 0], [4, 9]];
+        assert_eq!(left, BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn a_fenced_line_is_as_it_was_at_its_write_back_or_newer() {
+        let sim = Sim::new(Domain::Dax);
+        let file = create(&sim, "f");
+        file.store_word(SITE, 0, 1).unwrap();
+        file.store_word(SITE, 64, 1).unwrap();
+        file.write_back(SITE, 0).unwrap();
+        file.store_word(SITE, 0, 2).unwrap();
+        file.fence(SITE);
+        let left = after_all_cuts(&sim, bytes_at([0, 64]));
+        assert_eq!(left, BTreeSet::from([[1, 0], [1, 1], [2, 0], [2, 1]]));
+    }
+
+    #[test]
+    fn words_of_one_line_are_torn_on_dax() {
+        let sim = Sim::new(Domain::Dax);
+        let file = create(&sim, "f");
+        file.write_at(SITE, &[1; 16], 0).unwrap();
+        let left = after_all_cuts(&sim, bytes_at([0, 8]));
+        assert_eq!(left, BTreeSet::from([[0, 0], [0, 1], [1, 0], [1, 1]]));
+    }
+
+    #[test]
+    fn a_rename_is_kept_whole_or_not_at_all_and_after_what_it_rests_on() {
+        let sim = Sim::new(Domain::PageCache);
+        sim.top().create(SITE, "a").unwrap();
+        sim.top().rename(SITE, "a", "b").unwrap();
+        sim.top().create(SITE, "c").unwrap();
+        let left = after_all_cuts(&sim, |sim| names(sim).concat());
+        let expected = ["", "a", "b", "c", "ac", "bc"].map(String::from);
+        assert_eq!(left, BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn the_sync_of_a_renamed_directory_keeps_its_name_but_not_its_neighbours() {
+        let sim = Sim::new(Domain::PageCache);
+        let dir = sim.top().create_dir(SITE, "a").unwrap();
+        sim.top().rename_dir(SITE, "a", "b").unwrap();
+        sim.top().create(SITE, "c").unwrap();
+        dir.sync(SITE).unwrap();
+        let left = after_all_cuts(&sim, |sim| names(sim).concat());
+        assert_eq!(left, BTreeSet::from(["b", "bc"].map(String::from)));
+    }
+
+    #[test]
+    fn the_death_of_a_process_loses_nothing() {
+        let sim = Sim::new(Domain::PageCache);
+        let file = create(&sim, "f");
+        file.write_at(SITE, &[1], 0).unwrap();
+        sim.top().rename(SITE, "f", "g").unwrap();
+        let after = sim.now().process_death();
+        assert_eq!(names(&after), ["g"]);
+        assert_eq!(after.fingerprint(), sim.fingerprint());
+    }
 }
