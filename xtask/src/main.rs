@@ -6,8 +6,10 @@
 
 mod apt;
 mod arch;
+mod bench;
 mod boot;
 mod cache;
+mod demo;
 mod error;
 mod guest;
 mod initramfs;
@@ -49,6 +51,10 @@ enum Task {
     Guest(guest::Arguments),
     /// Run what needs real KVM and real DAX filesystems, in an emulated host that has both
     Lab(lab::Arguments),
+    /// Measure what pcow costs, and print tables
+    Bench(bench::Arguments),
+    /// Set everything up, then show step by step what pcow is for
+    Demo(demo::Arguments),
     /// Set everything up, then run the formatter, the linter and all tests
     Test(test::Arguments),
 }
@@ -70,6 +76,8 @@ impl Task {
             Self::Qemu(arguments) => qemu::command(&cache, &arguments),
             Self::Guest(arguments) => guest::command(&cache, &arguments),
             Self::Lab(arguments) => lab::command(&cache, &arguments),
+            Self::Bench(arguments) => bench::command(&arguments),
+            Self::Demo(arguments) => demo::command(&cache, &arguments),
             Self::Test(arguments) => test::command(&cache, &arguments),
         }
     }
