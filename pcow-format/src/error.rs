@@ -80,9 +80,9 @@ impl Error {
             ),
             ErrorKind::Unsupported => Some("use a newer pcow"),
             ErrorKind::Corrupt => Some("run 'pcow-img check' on it; restore it from a backup"),
-            ErrorKind::BaseMissing => {
-                Some("put the base back, or rebase the image on another one with 'pcow-img rebase'")
-            }
+            ErrorKind::BaseMissing => Some(
+                "put the base back, or link the image to another one with 'pcow-img rebase --unsafe'",
+            ),
             ErrorKind::BaseChanged => {
                 Some("restore the base's old content, or make a new image on the changed base")
             }

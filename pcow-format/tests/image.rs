@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use pcow_format::check::check;
-use pcow_format::ops::{Base, NewBase, NewImage, RebaseMode, create};
+use pcow_format::ops::{Base, NewImage, create, rebase_unsafe};
 use pcow_format::{
     Cluster, ClusterSize, ErrorKind, Image, Source, Stored, VirtualSize, data_name, holder,
 };
@@ -203,35 +203,24 @@ fn a_safe_rebase_keeps_every_byte_and_an_unsafe_one_shows_the_new_base() {
             .for_each(|o| store(&image, *o, if path == &a { 1 } else { 2 }));
     }
     let clone = s.clone_of("clone", &a, None);
-    let on = |mode| NewBase {
-        base: Some(Base::Image {
-            path: b.clone(),
-            snapshot: None,
-            reference: false,
-        }),
-        mode,
+    let on_b = Base::Image {
+        path: b.clone(),
+        snapshot: None,
+        reference: false,
     };
     let mut image = open(&clone);
     store(&image, 4 * MIB, 9);
-    image.rebase(&on(RebaseMode::Safe), "clone").unwrap();
+    image.rebase(Some(&on_b), "clone").unwrap();
     let bytes = [1, 2, 3, 4].map(|m| load(&image, m * MIB));
     assert_eq!(bytes, [1, 1, 0, 9]);
     drop(image);
     assert_clean(&clone);
     let other = s.clone_of("other", &a, None);
+    rebase_unsafe(&other, Some(&on_b), &[]).unwrap();
     let mut image = open(&other);
-    image.rebase(&on(RebaseMode::Unsafe), "other").unwrap();
     assert_eq!([1, 2, 3].map(|m| load(&image, m * MIB)), [0, 2, 2]);
     store(&image, 3 * MIB, 5);
-    image
-        .rebase(
-            &NewBase {
-                base: None,
-                mode: RebaseMode::Safe,
-            },
-            "other",
-        )
-        .unwrap();
+    image.rebase(None, "other").unwrap();
     assert_eq!([1, 2, 3].map(|m| load(&image, m * MIB)), [0, 2, 5]);
     assert_eq!(image.root().layers.len(), 1, "independent");
 }
@@ -424,4 +413,25 @@ fn asking_for_the_holder_keeps_nobody_out() {
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         assert_eq!(refused, 0);
     });
+}
+
+/// A missing base was said to be mended by a rebase, which first opened the missing base.
+#[test]
+fn an_image_whose_base_is_gone_can_be_linked_to_another() {
+    let s = Scratch::new();
+    let raw = |name: &str, byte| {
+        std::fs::write(s.path(name), vec![byte; 8192]).unwrap();
+        Base::Raw { path: s.path(name) }
+    };
+    let path = s.create_with("a", Some(4), 4096, Some(raw("old.raw", 1)));
+    store(&open(&path), 4096, 9);
+    std::fs::remove_file(s.path("old.raw")).unwrap();
+    assert_eq!(
+        Image::open(&path, &[]).unwrap_err().kind(),
+        ErrorKind::BaseMissing
+    );
+    rebase_unsafe(&path, Some(&raw("new.raw", 2)), &[]).unwrap();
+    let image = open(&path);
+    assert_eq!((load(&image, 0), load(&image, 4096)), (2, 9));
+    assert_eq!(image.root().layers.len(), 2);
 }

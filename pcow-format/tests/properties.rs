@@ -10,7 +10,7 @@ use pcow_format::check::check;
 use pcow_format::medium::real::RealDirectory;
 use pcow_format::medium::sim::Sim;
 use pcow_format::medium::{Access, Directory, Domain, Site};
-use pcow_format::ops::{Base, NewBase, NewImage, RebaseMode, create};
+use pcow_format::ops::{Base, NewImage, create};
 use pcow_format::{ClusterSize, Image, Stored, VirtualSize};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -195,10 +195,7 @@ impl World {
             snapshot: None,
             reference: false,
         });
-        let mode = RebaseMode::Safe;
-        self.image()
-            .rebase(&NewBase { base, mode }, "image")
-            .unwrap();
+        self.image().rebase(base.as_ref(), "image").unwrap();
     }
 
     fn check_all(mut self) {

@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
 pub use create::{Base, Created, NewImage, create, create_in};
-pub use rebase::{NewBase, RebaseMode, Rebased};
+pub use rebase::{Rebased, rebase_unsafe};
 pub use rollback::RolledBack;
 
 use crate::active::scan_words;

@@ -2,28 +2,14 @@
 //! Rebase: the active layer gets another parent. The safe form first writes into it, cluster by cluster, what the new
 //! parent would show differently. Nobody can see those writes, so a rebase that is cut off is simply run again.
 
-use crate::error::Result;
-use crate::image::{Image, Source};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Image, Source, Stored, write_root};
+use crate::lock::ImageLock;
 use crate::ops::create::{Base, BaseLayers};
+use crate::root::Root;
 use crate::units::{self, Cluster, ClusterRange};
-
-/// Whether the content is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RebaseMode {
-    /// The disk shows the same bytes afterwards.
-    Safe,
-    /// Only the link is changed; the disk shows the new base's bytes where it has none of its own.
-    Unsafe,
-}
-
-/// Where to rebase to.
-#[derive(Debug, Clone)]
-pub struct NewBase {
-    /// The new base; `None` makes the image independent.
-    pub base: Option<Base>,
-    /// Whether the content is kept.
-    pub mode: RebaseMode,
-}
 
 /// What a rebase did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,35 +23,14 @@ pub struct Rebased {
 }
 
 impl Image {
-    /// Puts the active layer on another base. Snapshots keep the layers that they have.
+    /// Puts the active layer on another base, or on none; the disk shows the same bytes afterwards. Snapshots keep the
+    /// layers that they have. `image_name` is what a snapshot of the base is called after.
     ///
     /// # Errors
     /// What opening a base may fail with; `NoSpace`, `FlushFailed` or `Io`. Before the commit the disk shows what it showed.
-    pub fn rebase(&mut self, new: &NewBase, image_name: &str) -> Result<Rebased> {
-        let env = self.stored.environment().clone();
-        let open = |b: &Base| BaseLayers::open(b, image_name, &env);
-        let base = new.base.as_ref().map(open).transpose()?;
-        let mut report = Rebased::default();
-        let mut root = self.root().clone();
-        let mut parent = None;
-        let mut clip = 0;
-        if let Some(base) = &base {
-            report.sealed_base_as = base.sealed_as().map(str::to_owned);
-            let missing = base.without(&root);
-            report.copied_bytes = missing.adopt_into(self.directory())?.1;
-            let top = &base.layers()[0];
-            parent = Some(top.uuid);
-            clip = top.virtual_size.min(self.virtual_size().bytes());
-            root.layers.extend(missing.layers().iter().cloned());
-        }
-        let active = root.active;
-        if let Some(row) = root.layers.iter_mut().find(|l| l.uuid == active) {
-            row.parent = parent;
-            row.clip = clip;
-        }
-        if new.mode == RebaseMode::Safe {
-            report.written_bytes = self.keep_content(&root)?;
-        }
+    pub fn rebase(&mut self, base: Option<&Base>, image_name: &str) -> Result<Rebased> {
+        let (mut root, mut report) = relink(&self.stored, base, image_name)?;
+        report.written_bytes = self.keep_content(&root)?;
         self.flush()?;
         let unused = super::drop_unused_layers(&mut root)?;
         self.commit(root)?;
@@ -76,7 +41,7 @@ impl Image {
     }
 
     /// Writes into absent clusters what they show now, where `root` would show something else.
-    fn keep_content(&self, root: &crate::root::Root) -> Result<u64> {
+    fn keep_content(&self, root: &Root) -> Result<u64> {
         let records = root.chain(root.active)?;
         let cluster = self.cluster_size();
         let after = self
@@ -110,4 +75,50 @@ impl Image {
         self.active.fill(run, content)?;
         Ok(units::bytes(content.len()))
     }
+}
+
+/// Only changes the link of the image at `path`: where the active layer holds nothing, the disk shows the new base's bytes.
+/// The old base need not be there.
+///
+/// # Errors
+/// What opening the image or a base may fail with; `Io`.
+pub fn rebase_unsafe(path: &Path, base: Option<&Base>, base_dirs: &[PathBuf]) -> Result<Rebased> {
+    let stored = Stored::open(path, base_dirs)?;
+    let _lock = ImageLock::exclusive(stored.directory())?;
+    // Again, under the lock: what was read before may have changed.
+    let stored = Stored::open(path, base_dirs)?;
+    let name = path
+        .file_name()
+        .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let (mut root, report) = relink(&stored, base, &name)?;
+    let unused = super::drop_unused_layers(&mut root)?;
+    write_root(stored.directory(), &root)?;
+    for layer in unused {
+        super::remove_layer_files(stored.directory(), layer)?;
+    }
+    Ok(report)
+}
+
+/// The root of `stored` with its active layer on `base`, whose files have been given their place.
+fn relink(stored: &Stored, base: Option<&Base>, image_name: &str) -> Result<(Root, Rebased)> {
+    let mut root = stored.root().clone();
+    let mut report = Rebased::default();
+    let (mut parent, mut clip) = (None, 0);
+    if let Some(base) = base {
+        let base = BaseLayers::open(base, image_name, stored.environment())?;
+        report.sealed_base_as = base.sealed_as().map(str::to_owned);
+        let missing = base.without(&root);
+        report.copied_bytes = missing.adopt_into(stored.directory())?.1;
+        let top = &base.layers()[0];
+        parent = Some(top.uuid);
+        clip = top.virtual_size.min(root.active_layer()?.virtual_size);
+        root.layers.extend(missing.layers().iter().cloned());
+    }
+    let active = root.active;
+    let row = root.layers.iter_mut().find(|l| l.uuid == active);
+    let row =
+        row.ok_or_else(|| Error::new(ErrorKind::Corrupt, "the active layer is not in the table"))?;
+    row.parent = parent;
+    row.clip = clip;
+    Ok((root, report))
 }

@@ -9,7 +9,7 @@ use pcow_format::{Cluster, ClusterRange, Image, Source};
 
 use crate::model::{Contents, Model, Place, TRACKED, check_equal};
 use crate::setting::{self, BYSTANDERS, IMAGE, Setting, text};
-use crate::workload::{onto_other, store_word, write_back};
+use crate::workload::{other_base, store_word, write_back};
 
 /// How the process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,7 +220,7 @@ fn store_to_all(
 }
 
 fn use_tree(survivor: &mut Survivor) -> Result<(), String> {
-    let rebased = survivor.image.rebase(&onto_other(), IMAGE);
+    let rebased = survivor.image.rebase(Some(&other_base()), IMAGE);
     rebased.map_err(|e| format!("rebase: {}", text(e)))?;
     check_running(survivor, "after a rebase")?;
     let snapshot = survivor.image.snapshot(None);

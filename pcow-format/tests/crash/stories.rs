@@ -7,7 +7,7 @@ use pcow_format::{Cluster, ErrorKind, Image, data_name};
 
 use crate::model::{ABSENT, BASE, CLUSTER_BYTES, LEFTOVER};
 use crate::setting::{self, IMAGE, Setting};
-use crate::workload::onto_other;
+use crate::workload::other_base;
 
 const STORED: u64 = 0x5707_ed00;
 
@@ -100,10 +100,10 @@ fn zeros_that_a_dead_process_did_not_sync_do_not_pass_for_a_hole() {
 fn a_rebase_that_was_cut_off_can_be_run_again() {
     let (sim, mut image, boot) = start(Domain::PageCache);
     let sim = killed_after(&sim, "adopt.dir.sync", || {
-        image.rebase(&onto_other(), IMAGE).unwrap();
+        image.rebase(Some(&other_base()), IMAGE).unwrap();
     });
     let mut image = setting::open(&sim, IMAGE, boot).unwrap();
-    image.rebase(&onto_other(), IMAGE).unwrap();
+    image.rebase(Some(&other_base()), IMAGE).unwrap();
     assert_eq!(image.below().depth(), 1);
 }
 

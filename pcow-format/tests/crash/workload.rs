@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
-use pcow_format::ops::{Base, NewBase, RebaseMode};
+use pcow_format::ops::Base;
 use pcow_format::{Cluster, Image, Source};
 
 use crate::explorer::{Random, newest};
@@ -224,7 +224,7 @@ impl<'a> Run<'a> {
         let mut after = self.model.clone();
         after.disk.promise_all();
         self.change_tree(&[after], |image| {
-            image.rebase(&onto_other(), IMAGE).map(drop)
+            image.rebase(Some(&other_base()), IMAGE).map(drop)
         })
     }
 
@@ -317,15 +317,12 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A rebase that keeps the content.
-pub fn onto_other() -> NewBase {
-    NewBase {
-        base: Some(Base::Image {
-            path: OTHER.into(),
-            snapshot: None,
-            reference: false,
-        }),
-        mode: RebaseMode::Safe,
+/// The base that a rebase goes to.
+pub fn other_base() -> Base {
+    Base::Image {
+        path: OTHER.into(),
+        snapshot: None,
+        reference: false,
     }
 }
 

@@ -6,8 +6,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use pcow_format::ops::{Base, NewBase, RebaseMode};
-use pcow_format::{ErrorKind, Image};
+use pcow_format::ErrorKind;
+use pcow_format::ops::{Base, Rebased, rebase_unsafe};
 use serde::Serialize;
 
 use crate::base::{self, BaseOptions};
@@ -63,20 +63,18 @@ const PURPOSE: &str = "cannot rebase";
 impl Rebase {
     /// Changes the base.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
-        let name = file_name(&self.image)?;
         // What can be refused is, before anything is locked or sealed.
         open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
-        let new = NewBase {
-            base: self.new_base(&global.base_dirs)?,
-            mode: if self.is_unsafe {
-                RebaseMode::Unsafe
-            } else {
-                RebaseMode::Safe
-            },
-        };
-        let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
-        let done = self.rebase(&mut image, &new, &name)?;
-        console.confirm(&done)
+        let base = self.new_base(&global.base_dirs)?;
+        let rebased = self.rebase(base.as_ref(), &global.base_dirs)?;
+        console.confirm(&Done {
+            filename: self.image.clone(),
+            base: base.is_some().then(|| PathBuf::from(&self.base)),
+            safe: !self.is_unsafe,
+            written_size: rebased.written_bytes,
+            copied_size: rebased.copied_bytes,
+            sealed_base_as: rebased.sealed_base_as,
+        })
     }
 
     fn new_base(&self, base_dirs: &[PathBuf]) -> Result<Option<Base>, Failure> {
@@ -94,27 +92,25 @@ impl Rebase {
         Ok(Some(base))
     }
 
-    fn rebase(&self, image: &mut Image, new: &NewBase, name: &str) -> Result<Done, Failure> {
-        let rebased = image.rebase(new, name);
+    fn rebase(&self, base: Option<&Base>, base_dirs: &[PathBuf]) -> Result<Rebased, Failure> {
+        let rebased = if self.is_unsafe {
+            // The old base may be gone: that is what this form is for.
+            rebase_unsafe(&self.image, base, base_dirs)
+        } else {
+            let name = file_name(&self.image)?;
+            open::for_writing(&self.image, base_dirs, PURPOSE)?.rebase(base, &name)
+        };
         let locked = matches!(&rebased, Err(e) if e.kind() == ErrorKind::Locked);
         let rebased = rebased.doing(|| {
             let base = self.base.display();
             format!("{PURPOSE} {} on '{base}'", self.image.display())
         });
-        let rebased = rebased.map_err(|f| {
+        rebased.map_err(|f| {
             if locked {
                 f.advising("stop that process, or give a snapshot of it: IMAGE@SNAPSHOT")
             } else {
                 f
             }
-        })?;
-        Ok(Done {
-            filename: self.image.clone(),
-            base: new.base.is_some().then(|| PathBuf::from(&self.base)),
-            safe: !self.is_unsafe,
-            written_size: rebased.written_bytes,
-            copied_size: rebased.copied_bytes,
-            sealed_base_as: rebased.sealed_base_as,
         })
     }
 }
