@@ -19,9 +19,11 @@ pub enum Step {
     Test,
     /// Making and running the lab host.
     Lab,
+    /// Showing the demo.
+    Demo,
 }
 
-use Step::{Guest, Lab, Qemu, Test};
+use Step::{Demo, Guest, Lab, Qemu, Test};
 
 /// Every package, the steps that need it, and what for.
 const TABLE: &[(&str, &[Step], &str)] = &[
@@ -29,7 +31,7 @@ const TABLE: &[(&str, &[Step], &str)] = &[
     ("bison", &[Qemu], "configure"),
     ("bzip2", &[Qemu], "configure"),
     ("ca-certificates", &[Qemu, Guest], "fetching"),
-    ("cpio", &[Guest, Lab, Test], "writing an initramfs"),
+    ("cpio", &[Demo, Guest, Lab, Test], "writing an initramfs"),
     ("dpkg-dev", &[Qemu], "unpacking a source package"),
     ("e2fsprogs", &[Test], "making ext4 filesystems"),
     ("flex", &[Qemu], "configure"),
@@ -47,9 +49,9 @@ const TABLE: &[(&str, &[Step], &str)] = &[
     ("patch", &[Qemu], "the patch series"),
     ("pkg-config", &[Qemu], "configure"),
     ("python3-venv", &[Qemu], "meson and ninja"),
-    ("qemu-system-data", &[Lab, Test], "firmware"),
+    ("qemu-system-data", &[Demo, Lab, Test], "firmware"),
     ("qemu-utils", &[Test], "comparing with qemu-img"),
-    ("seabios", &[Lab, Test], "firmware"),
+    ("seabios", &[Demo, Lab, Test], "firmware"),
     ("xfsprogs", &[Test], "making XFS filesystems"),
     ("xz-utils", &[Qemu, Guest], "unpacking"),
     ("zlib1g-dev", &[Qemu], "compression"),
