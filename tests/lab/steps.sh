@@ -123,12 +123,15 @@ guest_boots_twice() {
     pcow-img info "$DAX/base.pcow"
 }
 
-# clone NAME WORD: a clone of the base whose guest changes a part of the base's file.
+# clone NAME WORD [OPTION]...: a clone of the base whose guest changes a part of the base's file.
 clone() {
-    pcow-img create --base "$DAX/base.pcow" --allocation-unit 64K "$DAX/$1.pcow"
-    guest "$DAX/$1.pcow" change "$2"
-    pcow-img check "$DAX/$1.pcow"
-    pcow-img info "$DAX/$1.pcow"
+    name=$1
+    word=$2
+    shift 2
+    pcow-img create --base "$DAX/base.pcow" "$@" "$DAX/$name.pcow"
+    guest "$DAX/$name.pcow" change "$word"
+    pcow-img check "$DAX/$name.pcow"
+    pcow-img info "$DAX/$name.pcow"
 }
 
 guest_changes_a_clone() {
@@ -139,7 +142,7 @@ guest_changes_a_clone() {
 }
 
 guests_change_two_clones() {
-    clone second three
+    clone second three --allocation-unit 64K
     guest "$DAX/first.pcow" verify one two
     guest "$DAX/second.pcow" verify one three
     sha256sum -c /tmp/sums

@@ -5,7 +5,7 @@ set -eu
 cat /sys/block/pmem0/size
 grep -m1 -o -w hypervisor /proc/cpuinfo
 ndctl create-namespace -f -e namespace0.0 -m fsdax -a 2M -M mem
-mkfs.ext4 -q -F -b 4096 /dev/pmem0
+mkfs.ext4 -q -F -b 4096 -N 1024 /dev/pmem0
 mount -o dax /dev/pmem0 /mnt
 cd /mnt
 dd if=/dev/urandom of="$1" bs=64k count=64 2>/dev/null
