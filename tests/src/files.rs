@@ -36,6 +36,13 @@ pub fn create_sparse(path: &Path, size: u64) {
     File::create_new(path).unwrap().set_len(size).unwrap();
 }
 
+/// Makes holes of all blocks of the file `path` that hold only zeros.
+pub fn dig_holes(path: &Path) {
+    let mut dig = Command::new("fallocate");
+    let status = dig.arg("--dig-holes").arg(path).status().unwrap();
+    assert!(status.success(), "fallocate ended with {status}");
+}
+
 fn files(path: &Path) -> Vec<PathBuf> {
     if path.is_file() {
         return vec![path.to_owned()];
