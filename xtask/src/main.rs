@@ -2,7 +2,8 @@
 //! Development tasks: `cargo xtask <command>`.
 //!
 //! Builds what the tests need and a user does not (a patched QEMU, a guest's kernel and
-//! initramfs) and runs the whole check. Knows nothing of images, faults or messages.
+//! initramfs), runs the whole check, and shows what it is all for. Knows nothing of images, faults
+//! or messages, but the command lines of the demo.
 
 mod apt;
 mod arch;
