@@ -6,6 +6,8 @@ use std::time::Duration;
 
 /// How long a frontend waits for the one before it to be done with. A flush of much data takes its time.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// How long it takes at most to notice that a frontend has died.
+const NOTICE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -32,12 +34,11 @@ impl Default for Occupancy {
 }
 
 impl Occupancy {
-    /// Takes the place; waits for a frontend that is leaving, but not for one that is attached.
+    /// Takes the place; waits for a frontend that is leaving, or has died and was not noticed yet, but not for one that
+    /// is attached.
     pub fn take(&self) -> bool {
-        let (mut state, _) = self
-            .changed
-            .wait_timeout_while(self.lock(), PATIENCE, |s| *s == State::Leaving)
-            .unwrap_or_else(PoisonError::into_inner);
+        let state = self.wait_while(self.lock(), NOTICE, |s| *s == State::Attached);
+        let mut state = self.wait_while(state, PATIENCE, |s| *s == State::Leaving);
         let free = *state == State::Free;
         if free {
             *state = State::Attached;
@@ -45,9 +46,22 @@ impl Occupancy {
         free
     }
 
+    fn wait_while<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        patience: Duration,
+        mut condition: impl FnMut(&mut State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        self.changed
+            .wait_timeout_while(state, patience, |s| condition(s))
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+
     /// The frontend is gone.
     pub fn leave(&self) {
         *self.lock() = State::Leaving;
+        self.changed.notify_all();
     }
 
     /// Nothing of the frontend is left.
@@ -76,9 +90,9 @@ mod tests {
         let place = Occupancy::default();
         assert!(place.take());
         assert!(!place.take());
-        place.leave();
         std::thread::scope(|scope| {
             let next = scope.spawn(|| place.take());
+            place.leave();
             place.free();
             assert!(next.join().unwrap());
         });
