@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use pcow_format::ops::{Base, NewImage, create};
 use pcow_format::{ClusterSize, Image, VirtualSize};
 
+/// The default in the page cache.
+const ALLOCATION_UNIT: u64 = 64 << 10;
+
 /// A folder that is removed at the end.
 #[derive(Debug)]
 pub struct Scratch(tempfile::TempDir);
@@ -47,7 +50,7 @@ impl Scratch {
         self.image_on(name, None, cluster, Some(base))
     }
 
-    /// Creates an image.
+    /// Creates an image. It allocates the same on every filesystem: as it would by default in the page cache.
     pub fn image_on(
         &self,
         name: &str,
@@ -58,7 +61,7 @@ impl Scratch {
         let new = NewImage {
             size: size.map(|bytes| VirtualSize::new(bytes).unwrap()),
             cluster: ClusterSize::new(cluster).unwrap(),
-            allocation_unit: None,
+            allocation_unit: Some(cluster.max(ALLOCATION_UNIT)),
             base,
         };
         create(&self.path(name), &new, &[]).unwrap();
