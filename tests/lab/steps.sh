@@ -53,13 +53,13 @@ image_is_dax() {
     rm -r "$DAX/info.pcow"
 }
 
-# rust_tests NAME...
-rust_tests() {
+# rust_test NAME [FILTER]...: a test program, or those of its tests whose name contains a filter. Its
+# temporary files are on the DAX filesystem.
+rust_test() {
+    name=$1
+    shift
     mkdir -p "$DAX/tmp"
-    for name in "$@"; do
-        echo "-- $name"
-        TMPDIR=$DAX/tmp RUST_BACKTRACE=1 "/lab/deps/$name"
-    done
+    TMPDIR=$DAX/tmp RUST_BACKTRACE=1 "/lab/deps/$name" "$@"
     test -z "$(ls -A "$DAX/tmp")" || fail "left behind: $(ls "$DAX/tmp")"
 }
 
