@@ -56,7 +56,7 @@ pub struct Cli {
     pub max_mappings: Option<u32>,
 
     /// Seconds between flushes of what a guest on page cache has written; 0 for none.
-    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub flush_interval: u64,
 
     /// A directory below which base files outside of the image may lie, besides the one that holds the image.

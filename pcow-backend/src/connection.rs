@@ -5,6 +5,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use pcow_protocol::codec::{Connection as Codec, Received};
 use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
@@ -19,6 +20,9 @@ use pcow_protocol::{Error, ErrorKind, Result};
 use crate::disk::Disk;
 use crate::occupancy::Occupancy;
 use crate::service::{Budgets, FaultService};
+
+/// How long a frontend may take for one step of the handshake.
+const HANDSHAKE_STEP: Duration = Duration::from_secs(30);
 
 /// What all connections share.
 #[derive(Debug)]
@@ -114,12 +118,21 @@ fn detach(offer: &Offer) {
 impl Connection<'_> {
     fn run(&mut self) -> Result<()> {
         loop {
-            let received = match self.codec.recv() {
+            let received = match self.receive() {
                 Ok(received) => received,
                 Err(e) if e.kind() == ErrorKind::Closed => return Ok(()),
                 Err(e) => return Err(e),
             };
             self.handle(received)?;
+        }
+    }
+
+    /// The next request. Until a frontend is attached it has a deadline: who only connects must not take a place for ever.
+    fn receive(&mut self) -> Result<Received<FrontendRequest>> {
+        if self.service.is_some() {
+            self.codec.recv()
+        } else {
+            self.codec.recv_until(Instant::now() + HANDSHAKE_STEP)
         }
     }
 

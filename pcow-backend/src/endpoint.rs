@@ -8,7 +8,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use rustix::net::sockopt::socket_acceptconn;
+use rustix::net::SocketType;
+use rustix::net::sockopt::{socket_acceptconn, socket_type};
 use vhost::vhost_user::Listener;
 
 use crate::failure::Failure;
@@ -93,6 +94,9 @@ impl Place {
         }
         // SAFETY: the descriptor is open (above), was handed down for this use with --fd, and is taken once.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        if socket_type(fd.as_fd()).map_err(|e| bad(e.into()))? != SocketType::STREAM {
+            return Err(Failure::usage("the socket of --fd is no stream socket"));
+        }
         let listening = socket_acceptconn(fd.as_fd()).map_err(|e| bad(e.into()))?;
         if !listening {
             return Ok(Self::Ready(Endpoint::Connected(UnixStream::from(fd))));

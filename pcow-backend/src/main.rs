@@ -97,8 +97,9 @@ fn run(cli: &Cli) -> Result<(), Failure> {
 
 fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
     if cli.read_only {
-        let stored = Stored::open(path, &cli.base_dir)?;
-        let disk = ReadOnlyDisk::new(&stored)?;
+        let lock = Stored::open(path, &cli.base_dir)?.lock_shared()?;
+        // Again: what was read before the lock may have changed since.
+        let disk = ReadOnlyDisk::new(&Stored::open(path, &cli.base_dir)?, lock)?;
         announce(path, &disk);
         return Ok(Arc::new(disk));
     }
@@ -121,6 +122,12 @@ fn announce(path: &Path, disk: &dyn Disk) {
         "for writing"
     };
     log::info!("serving {} {mode}, {} bytes", path.display(), disk.size());
+    if !disk.read_only() && copies_on_write(disk) {
+        log::warn!(
+            "this filesystem writes every block anew, so storage cannot be reserved: a store of the guest that meets a \
+             full disk ends the guest; use ext4 or XFS"
+        );
+    }
     if disk.is_dax() {
         log::info!("DAX: what the guest flushes is durable");
     } else if !disk.read_only() {
@@ -129,6 +136,14 @@ fn announce(path: &Path, disk: &dyn Disk) {
              and flushes of a guest through nvdimm do not reach the disk"
         );
     }
+}
+
+/// Whether the data file lies on btrfs, bcachefs or ZFS (their superblock magics).
+fn copies_on_write(disk: &dyn Disk) -> bool {
+    const MAGICS: [i128; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
+    let file = disk.file(disk::FileKey::Active).as_real();
+    file.and_then(|f| rustix::fs::fstatfs(f).ok())
+        .is_some_and(|s| MAGICS.contains(&(i128::from(s.f_type) & 0xffff_ffff)))
 }
 
 /// A chain of thousands of layers takes two descriptors for each.

@@ -4,8 +4,9 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long a frontend waits for the one before it to be done with. A flush of much data takes its time.
-const PATIENCE: Duration = Duration::from_secs(8);
+/// How long a frontend may wait for the one before it to be done with. A flush of much data takes its time; the frontend
+/// has a deadline of its own.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// How long it takes at most to notice that a frontend has died.
 const NOTICE: Duration = Duration::from_secs(1);
 

@@ -75,7 +75,11 @@ impl Server {
                 match listener.accept() {
                     Ok(Some(stream)) => self.admit(stream),
                     Ok(None) => {}
-                    Err(e) => log::warn!("cannot accept a connection: {}", chain(&e)),
+                    Err(e) => {
+                        log::warn!("cannot accept a connection: {}", chain(&e));
+                        // The listener stays readable: without a pause this would be a busy loop.
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
                 }
             }
             if next_flush.is_some_and(|t| t <= Instant::now()) {

@@ -392,7 +392,7 @@ impl Active {
         Ok(data.is_none_or(|d| d.start >= range.end))
     }
 
-    /// Whether any cluster is data or zero.
+    /// Whether every cluster is absent.
     ///
     /// # Errors
     /// `Io` if the map cannot be read.

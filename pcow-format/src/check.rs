@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::active::scan_words;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::Stored;
+use crate::image::{ROOT_PART, Stored};
 use crate::layer_files::{self, Pair};
 use crate::map::{CLUSTERS_PER_WORD, State};
 use crate::medium::{Access, File};
@@ -56,15 +56,17 @@ fn check_layer(stored: &Stored, layer: &Layer, report: &mut Report) -> Result<()
     let env = stored.environment();
     // Opening checks names, lengths, headers, and a raw base's identity.
     layer_files::open_for_reading(stored.directory(), layer, &env.bases, env.boot)?;
-    if layer.kind != Kind::Own {
+    let Some(pair) = layer_files::open_pair(stored.directory(), layer, &env.bases)? else {
         return Ok(());
-    }
-    let pair = layer_files::open_own(stored.directory(), layer, Access::Read)?;
+    };
     check_words(&pair, layer, report)?;
     if layer.sealed {
         check_sum(pair.map.as_ref(), layer, report)?;
     }
-    check_unused_space(&pair, layer, report)
+    if layer.kind == Kind::Own {
+        check_unused_space(&pair, layer, report)?;
+    }
+    Ok(())
 }
 
 fn check_words(pair: &Pair, layer: &Layer, report: &mut Report) -> Result<()> {
@@ -160,7 +162,7 @@ fn check_leftovers(stored: &Stored, report: &mut Report) -> Result<()> {
     for name in names {
         let stem = name.split('.').next().unwrap_or_default();
         let of_unnamed = unnamed.iter().any(|u| u.to_string() == stem);
-        if !of_unnamed && !name.ends_with(".part") {
+        if !of_unnamed && name != ROOT_PART {
             continue;
         }
         let file = stored.directory().open(&name, Access::Read);

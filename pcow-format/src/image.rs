@@ -21,7 +21,7 @@ use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
 /// Name of the root in the image's directory.
 pub const ROOT_FILE: &str = "image.json";
-const ROOT_PART: &str = "image.json.part";
+pub(crate) const ROOT_PART: &str = "image.json.part";
 
 /// What an image needs to know of the world around it.
 #[derive(Debug, Clone)]

@@ -241,6 +241,22 @@ fn read_header(map: &dyn File, layer: Uuid) -> Result<Header> {
     Header::decode(&raw)
 }
 
+/// The map and data file of `layer`, wherever they are; `None` for a raw base.
+pub(crate) fn open_pair(
+    dir: &dyn Directory,
+    layer: &Layer,
+    bases: &BaseDirs,
+) -> Result<Option<Pair>> {
+    match &layer.kind {
+        Kind::Own => open_own(dir, layer, Access::Read).map(Some),
+        Kind::Reference { directory } => {
+            let dir = bases.open_dir(directory)?;
+            open_own(dir.as_ref(), layer, Access::Read).map(Some)
+        }
+        Kind::Raw { .. } => Ok(None),
+    }
+}
+
 /// Opens `layer` for reading, wherever it is. `boot` tells whether live words of an active layer count.
 pub(crate) fn open_for_reading(
     dir: &dyn Directory,
@@ -248,13 +264,10 @@ pub(crate) fn open_for_reading(
     bases: &BaseDirs,
     boot: Uuid,
 ) -> Result<chain::Layer> {
-    let content = match &layer.kind {
-        Kind::Own => pcow_content(open_own(dir, layer, Access::Read)?, layer, boot)?,
-        Kind::Reference { directory } => {
-            let dir = bases.open_dir(directory)?;
-            pcow_content(open_own(dir.as_ref(), layer, Access::Read)?, layer, boot)?
-        }
-        Kind::Raw { path, .. } => raw_content(bases.open_raw(path)?, &layer.kind)?,
+    let content = match (open_pair(dir, layer, bases)?, &layer.kind) {
+        (Some(pair), _) => pcow_content(pair, layer, boot)?,
+        (None, Kind::Raw { path, .. }) => raw_content(bases.open_raw(path)?, &layer.kind)?,
+        (None, _) => return Err(Error::new(ErrorKind::Corrupt, "a layer without files")),
     };
     Ok(chain::Layer {
         name: layer.uuid.to_string(),
@@ -340,7 +353,7 @@ pub(crate) fn map_checksum(map: &dyn File) -> std::io::Result<String> {
 pub enum Adopted {
     /// By a second name for the same file: no space taken.
     Linked,
-    /// By copying, `bytes` of them; blocks may be shared where the filesystem can.
+    /// By copying, `bytes` of them.
     Copied {
         /// Bytes of content copied.
         bytes: u64,

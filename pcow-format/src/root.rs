@@ -228,7 +228,12 @@ impl Root {
             return Err(Error::new(ErrorKind::Exists, what));
         }
         let number = self.next_snapshot;
-        self.next_snapshot += 1;
+        self.next_snapshot = number.checked_add(1).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "there are no snapshot numbers left",
+            )
+        })?;
         self.snapshots.push(Snapshot {
             number,
             name: name.to_owned(),
@@ -406,8 +411,10 @@ fn check_version(text: &[u8]) -> Result<()> {
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     if let Some(feature) = p.incompatible_features.first() {
-        let what =
-            format!("the image needs the feature '{feature}', which this program does not know");
+        let what = format!(
+            "the image needs the feature '{}', which this program does not know",
+            feature.escape_debug()
+        );
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
     Ok(())

@@ -451,3 +451,47 @@ fn an_image_whose_base_is_gone_can_be_linked_to_another() {
     assert_eq!((load(&image, 0), load(&image, 4096)), (2, 9));
     assert_eq!(image.root().layers.len(), 2);
 }
+
+/// A moved base keeps its layers' names, and those were taken for what the image had already.
+#[test]
+fn an_image_whose_base_was_moved_can_be_linked_to_its_new_place() {
+    let s = Scratch::new();
+    let base = s.create("base", 4);
+    let mut image = open(&base);
+    store(&image, 0, 1);
+    image.snapshot(Some("s")).unwrap();
+    drop(image);
+    let at = |path: &Path, reference| Base::Image {
+        path: path.to_owned(),
+        snapshot: Some("s".into()),
+        reference,
+    };
+    let path = s.create_with("a", None, 64 << 10, Some(at(&base, true)));
+    let moved = s.path("moved");
+    std::fs::rename(&base, &moved).unwrap();
+    assert_eq!(
+        Image::open(&path, &[]).unwrap_err().kind(),
+        ErrorKind::BaseMissing
+    );
+    rebase_unsafe(&path, Some(&at(&moved, true)), &[]).unwrap();
+    assert_eq!(load(&open(&path), 0), 1);
+    rebase_unsafe(&path, Some(&at(&moved, false)), &[]).unwrap();
+    std::fs::remove_dir_all(&moved).unwrap();
+    assert_eq!(load(&open(&path), 0), 1, "adopted");
+    assert_clean(&path);
+}
+
+/// Files of other people in an image's directory were removed, or made it unusable.
+#[test]
+fn what_is_not_the_images_own_is_left_alone_and_harms_nothing() {
+    let s = Scratch::new();
+    let path = s.create("a", 4);
+    std::fs::write(path.join("notes.part"), "mine").unwrap();
+    std::fs::create_dir(path.join("folder.part")).unwrap();
+    std::fs::write(path.join("67e5504410b1426f9247bb680e5fe0c8.data"), "").unwrap();
+    std::fs::write(path.join("image.json.part"), "cut off").unwrap();
+    open(&path);
+    assert!(path.join("notes.part").exists());
+    assert!(path.join("67e5504410b1426f9247bb680e5fe0c8.data").exists());
+    assert!(!path.join("image.json.part").exists());
+}

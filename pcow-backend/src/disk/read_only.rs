@@ -27,12 +27,11 @@ pub struct ReadOnlyDisk {
 }
 
 impl ReadOnlyDisk {
-    /// Serves `stored`.
+    /// Serves `stored`, which was read under `lock`.
     ///
     /// # Errors
-    /// `Locked` if it is held for writing; what opening the chain may fail with.
-    pub fn new(stored: &Stored) -> Result<Self> {
-        let lock = stored.lock_shared()?;
+    /// What opening the chain may fail with.
+    pub fn new(stored: &Stored, lock: Option<ImageLock>) -> Result<Self> {
         let root = stored.root();
         let chain = stored.chain(root.active)?;
         let mut dax = true;

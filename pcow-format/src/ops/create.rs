@@ -317,14 +317,22 @@ impl BaseLayers {
         Ok((self.layers.clone(), copied))
     }
 
-    /// Those layers that `root` does not have yet.
-    pub(super) fn without(&self, root: &Root) -> Self {
-        let new = |l: &&Layer| root.layer(l.uuid).is_none();
-        Self {
-            layers: self.layers.iter().filter(new).cloned().collect(),
+    /// Those layers of which the image with this root and directory does not hold the files itself.
+    pub(super) fn not_held_by(&self, root: &Root, dir: &dyn Directory) -> Result<Self> {
+        let names = dir
+            .names()
+            .context(|| "cannot list the image's directory".to_owned())?;
+        let has = |name: String| names.contains(&name);
+        let held = |l: &Layer| {
+            root.layer(l.uuid).is_some_and(|row| row.kind == Kind::Own)
+                && has(layer_files::map_name(l.uuid))
+                && has(layer_files::data_name(l.uuid))
+        };
+        Ok(Self {
+            layers: self.layers.iter().filter(|l| !held(l)).cloned().collect(),
             adopt_from: self.adopt_from.clone(),
             sealed_as: None,
-        }
+        })
     }
 
     /// The rows, the top one first.

@@ -18,7 +18,7 @@ pub use rollback::RolledBack;
 
 use crate::active::scan_words;
 use crate::error::{IoContext, Result};
-use crate::image::Stored;
+use crate::image::{ROOT_PART, Stored};
 use crate::layer_files::{data_name, map_name};
 use crate::medium::{Access, Directory, Site};
 use crate::root::{Kind, Root};
@@ -31,18 +31,19 @@ fn now() -> u64 {
         .map_or(0, |d| d.as_secs())
 }
 
-/// Removes what an operation that was cut off left behind, as far as I5 allows: `.part` files and layers that the root
-/// does not name and that hold not one data word. Anything else stays for `check` to report.
+/// Removes what an operation that was cut off left behind, as far as I5 allows: a root on its way, and layers that the
+/// root does not name and that hold not one data word. Anything else stays for `check` to report.
 pub(crate) fn sweep(stored: &Stored) -> Result<()> {
     let dir = stored.directory();
     let context = || "cannot clean up after an operation that was cut off".to_owned();
     let names = dir.names().context(context)?;
-    for name in names.iter().filter(|n| n.ends_with(".part")) {
-        dir.unlink(Site("sweep.part.unlink"), name)
+    if names.iter().any(|n| n == ROOT_PART) {
+        dir.unlink(Site("sweep.part.unlink"), ROOT_PART)
             .context(context)?;
     }
     for layer in unnamed_layers(stored.root(), &names) {
-        if is_without_content(dir, layer).context(context)? {
+        // What cannot be looked at is not removed, and no reason to refuse the image.
+        if is_without_content(dir, layer).unwrap_or(false) {
             remove_layer_files(dir, layer)?;
         }
     }
@@ -52,13 +53,17 @@ pub(crate) fn sweep(stored: &Stored) -> Result<()> {
 /// Layers of which there are files but no row in the layer table.
 pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
     let named: HashSet<_> = root.layers.iter().map(|l| l.uuid).collect();
-    let stem = |n: &String| {
-        let stem = n.strip_suffix(".map").or_else(|| n.strip_suffix(".data"))?;
-        Uuid::parse_str(stem).ok()
+    let layer_of = |name: &String| {
+        let stem = name
+            .strip_suffix(".map")
+            .or_else(|| name.strip_suffix(".data"))?;
+        let uuid = Uuid::parse_str(stem).ok()?;
+        // Other spellings of a UUID are other people's files.
+        (uuid.to_string() == stem).then_some(uuid)
     };
     let unnamed: HashSet<_> = names
         .iter()
-        .filter_map(stem)
+        .filter_map(layer_of)
         .filter(|u| !named.contains(u))
         .collect();
     unnamed.into_iter().collect()

@@ -107,12 +107,16 @@ fn relink(stored: &Stored, base: Option<&Base>, image_name: &str) -> Result<(Roo
     if let Some(base) = base {
         let base = BaseLayers::open(base, image_name, stored.environment())?;
         report.sealed_base_as = base.sealed_as().map(str::to_owned);
-        let missing = base.without(&root);
+        let missing = base.not_held_by(&root, stored.directory())?;
         report.copied_bytes = missing.adopt_into(stored.directory())?.1;
         let top = &base.layers()[0];
         parent = Some(top.uuid);
         clip = top.virtual_size.min(root.active_layer()?.virtual_size);
-        root.layers.extend(missing.layers().iter().cloned());
+        for layer in missing.layers() {
+            // A layer that is known may be somewhere else now: a base that was moved keeps its layers' names.
+            root.layers.retain(|l| l.uuid != layer.uuid);
+            root.layers.push(layer.clone());
+        }
     }
     let active = root.active;
     let row = root.layers.iter_mut().find(|l| l.uuid == active);
