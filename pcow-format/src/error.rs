@@ -96,9 +96,9 @@ impl Error {
                 "this looks like a copy made with 'cp -al'; copy the image with 'cp -a' or clone it",
             ),
             ErrorKind::NoSpace => Some("free space on the filesystem and try again"),
-            ErrorKind::FlushFailed => {
-                Some("stop the guest, find the failing medium, and check the image")
-            }
+            ErrorKind::FlushFailed => Some(
+                "check the medium and the image ('pcow-img check'), then remove the file flush-failed in the image",
+            ),
             _ => None,
         }
     }

@@ -21,6 +21,8 @@ use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
 /// Name of the root in the image's directory.
 pub const ROOT_FILE: &str = "image.json";
+/// Name of the mark that a failed flush leaves; who has checked medium and image removes it.
+pub const FLUSH_FAILED_FILE: &str = "flush-failed";
 pub(crate) const ROOT_PART: &str = "image.json.part";
 
 /// What an image needs to know of the world around it.
@@ -118,6 +120,17 @@ impl Stored {
         };
         let layers = records.iter().map(open).collect::<Result<_>>()?;
         Ok(Chain::new(layers, clip, finest))
+    }
+
+    /// I7: after a failed sync the kernel takes the pages for written, so the next one would succeed without them.
+    fn refuse_after_failed_flush(&self) -> Result<()> {
+        match self.dir.open(FLUSH_FAILED_FILE, Access::Read) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            _ => {
+                let what = "a flush of this image has failed: some of what was written last may not be on the medium";
+                Err(Error::new(ErrorKind::FlushFailed, what))
+            }
+        }
     }
 
     /// Keeps writers out for as long as the result lives; `None` on a medium without locks.
@@ -227,6 +240,7 @@ impl Image {
         dir.sync(Site("open.dir.sync"))
             .context(|| "cannot sync the image's directory".to_owned())?;
         let stored = Stored::load(dir, env)?;
+        stored.refuse_after_failed_flush()?;
         let (active, below, recovery) = open_stack(&stored)?;
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
@@ -392,9 +406,15 @@ impl Image {
     /// Makes everything stored so far durable, as far as the domain goes.
     ///
     /// # Errors
-    /// `FlushFailed`, and then always (I7).
+    /// `FlushFailed`, and then always (I7): a mark stays in the image's directory, so that a later process does not
+    /// take for durable what this one could not write.
     pub fn flush(&self) -> Result<()> {
-        self.active.flush()
+        self.active.flush().inspect_err(|_| {
+            // Best effort: the medium fails already. The mark may be there from before.
+            let dir = self.directory();
+            let _ = dir.create(Site("flush.mark.create"), FLUSH_FAILED_FILE);
+            let _ = dir.sync(Site("flush.mark.sync"));
+        })
     }
 
     /// Makes `root` the image's root and goes on with what it names.

@@ -24,7 +24,7 @@ pub mod root;
 mod units;
 
 pub use error::{Error, ErrorKind, Result};
-pub use image::{Environment, Image, ROOT_FILE, Source, Stored};
+pub use image::{Environment, FLUSH_FAILED_FILE, Image, ROOT_FILE, Source, Stored};
 pub use layer_files::{BaseDirs, data_name, map_name};
 pub use lock::{ImageLock, LOCK_FILE, holder};
 pub use units::{

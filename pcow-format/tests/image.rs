@@ -8,7 +8,8 @@ use pcow_format::check::check;
 use pcow_format::medium::Domain;
 use pcow_format::ops::{Base, NewImage, create, rebase_unsafe};
 use pcow_format::{
-    Cluster, ClusterSize, ErrorKind, Image, Source, Stored, VirtualSize, data_name, holder,
+    Cluster, ClusterSize, ErrorKind, FLUSH_FAILED_FILE, Image, Source, Stored, VirtualSize,
+    data_name, holder,
 };
 
 const MIB: u64 = 1 << 20;
@@ -494,4 +495,18 @@ fn what_is_not_the_images_own_is_left_alone_and_harms_nothing() {
     assert!(path.join("notes.part").exists());
     assert!(path.join("67e5504410b1426f9247bb680e5fe0c8.data").exists());
     assert!(!path.join("image.json.part").exists());
+}
+
+/// I7: after a failed sync the kernel takes the pages for written, so the next one would succeed without them.
+#[test]
+fn an_image_with_the_mark_of_a_failed_flush_stays_closed_until_somebody_has_checked_it() {
+    let s = Scratch::new();
+    let path = s.create("a", 4);
+    std::fs::write(path.join(FLUSH_FAILED_FILE), "").unwrap();
+    let error = Image::open(&path, &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FlushFailed, "{error}");
+    assert!(error.advice().unwrap().contains(FLUSH_FAILED_FILE));
+    assert_clean(&path);
+    std::fs::remove_file(path.join(FLUSH_FAILED_FILE)).unwrap();
+    open(&path);
 }
