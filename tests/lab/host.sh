@@ -26,7 +26,8 @@ step() {
         report "LAB-STEP $name ok"
         return 0
     fi
-    echo "status $status"
+    echo "status $status; the last messages of the kernel:"
+    dmesg | tail -n 20
     # What the step has left running would disturb the next one.
     killall -q -KILL qemu-system-x86_64 pcow-backend
     failed=$((failed + 1))

@@ -95,7 +95,11 @@ impl Machine<'_> {
             .map_err(Error::file("create", &nvdimm))?;
         let memory =
             format!("memory-backend-file,id=pm,mem-path=nvdimm,size={NVDIMM_BYTES},share=on");
-        let append = format!("console=ttyS0 quiet panic=-1 {}", self.environment);
+        // A kernel that hangs ends the machine, and says where it hung.
+        let append = format!(
+            "console=ttyS0 quiet panic=-1 watchdog_thresh=30 softlockup_panic=1 {}",
+            self.environment
+        );
         let mut command = Command::new(self.qemu);
         command
             .current_dir(self.folder)
