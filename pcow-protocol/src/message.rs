@@ -207,6 +207,10 @@ pub enum BackendRequest {
     Unmap(RegionRange),
     /// EVICT.
     Evict(RegionRange),
+    /// BOUNCE.
+    Bounce(RegionRange),
+    /// BOUNCE_END.
+    BounceEnd(RegionRange),
 }
 
 impl BackendRequest {
@@ -218,6 +222,8 @@ impl BackendRequest {
             Self::Map(_) => BackendCode::Map,
             Self::Unmap(_) => BackendCode::Unmap,
             Self::Evict(_) => BackendCode::Evict,
+            Self::Bounce(_) => BackendCode::Bounce,
+            Self::BounceEnd(_) => BackendCode::BounceEnd,
         }
     }
 
@@ -234,7 +240,10 @@ impl BackendRequest {
                 .as_slice(),
             ),
             Self::Map(map) => frame(mmap_of_map(map).as_slice()),
-            Self::Unmap(range) | Self::Evict(range) => frame(mmap_of_range(*range).as_slice()),
+            Self::Unmap(range)
+            | Self::Evict(range)
+            | Self::Bounce(range)
+            | Self::BounceEnd(range) => frame(mmap_of_range(*range).as_slice()),
         }
     }
 }
@@ -342,6 +351,8 @@ impl Incoming for BackendRequest {
             BackendCode::Map => Self::Map(decode_map(payload)?),
             BackendCode::Unmap => Self::Unmap(decode_range(payload)?),
             BackendCode::Evict => Self::Evict(decode_range(payload)?),
+            BackendCode::Bounce => Self::Bounce(decode_range(payload)?),
+            BackendCode::BounceEnd => Self::BounceEnd(decode_range(payload)?),
         })
     }
 

@@ -62,6 +62,15 @@ struct UffdioCopy {
     copy: i64,
 }
 
+#[repr(C)]
+struct UffdioWriteprotect {
+    range: UffdioRange,
+    mode: u64,
+}
+
+/// `UFFDIO_WRITEPROTECT_MODE_WP`.
+const WRITEPROTECT_WP: u64 = 1 << 0;
+
 /// The generic encoding of `asm-generic/ioctl.h`: direction, size, type, number.
 const fn request(direction: u32, number: u32, size: usize) -> u32 {
     assert!(size < 1 << 14);
@@ -77,6 +86,7 @@ const UFFDIO_API: u32 = request(READ_WRITE, 0x3F, size_of::<UffdioApi>());
 const UFFDIO_REGISTER: u32 = request(READ_WRITE, 0x00, size_of::<UffdioRegister>());
 const UFFDIO_WAKE: u32 = request(READ, 0x02, size_of::<UffdioRange>());
 const UFFDIO_COPY: u32 = request(READ_WRITE, 0x03, size_of::<UffdioCopy>());
+const UFFDIO_WRITEPROTECT: u32 = request(READ_WRITE, 0x06, size_of::<UffdioWriteprotect>());
 
 // The numbers that a C program gets from linux/userfaultfd.h on the architectures that pcow runs on.
 #[cfg(not(any(
@@ -91,6 +101,7 @@ const _: () = {
     assert!(UFFDIO_REGISTER == 0xC020_AA00);
     assert!(UFFDIO_WAKE == 0x8010_AA02);
     assert!(UFFDIO_COPY == 0xC028_AA03);
+    assert!(UFFDIO_WRITEPROTECT == 0xC018_AA06);
     assert!(std::mem::offset_of!(UffdioCopy, copy) == 32);
 };
 
@@ -278,6 +289,30 @@ impl Uffd {
         };
         outcome(errno, copy.copy)
             .ok_or_else(|| Error::io(format!("userfaultfd: copy to {destination:#x}"), errno))
+    }
+
+    /// Whether the address space that this userfaultfd belongs to is gone, and with it all that was mapped there. `page` is
+    /// the address of a page of it that was registered and is missing, write-protected, or another mapping by now: it
+    /// stays so.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`] if the kernel does not say.
+    pub fn is_orphaned(&self, page: u64, page_size: u64) -> Result<bool> {
+        let range = UffdioRange {
+            start: page,
+            len: page_size,
+        };
+        let mut protect = UffdioWriteprotect {
+            range,
+            mode: WRITEPROTECT_WP,
+        };
+        // SAFETY: UFFDIO_WRITEPROTECT reads one `uffdio_writeprotect`, which `protect` is (layout asserted above). It
+        // protects what is protected already, or finds no page, or no registered one.
+        match unsafe { self.ioctl(UFFDIO_WRITEPROTECT, &mut protect) } {
+            Ok(()) | Err(Errno::NOENT | Errno::AGAIN) => Ok(false),
+            Err(Errno::SRCH) => Ok(true),
+            Err(errno) => Err(Error::io("userfaultfd: ask for its address space", errno)),
+        }
     }
 
     /// Reads what has happened, without waiting; no event if nothing has.

@@ -42,9 +42,14 @@ pub const FEATURE_BACKEND_REQ: u64 = VhostUserProtocolFeatures::BACKEND_REQ.bits
 pub const FEATURE_BACKEND_SEND_FD: u64 = VhostUserProtocolFeatures::BACKEND_SEND_FD.bits();
 /// Protocol feature: the peer speaks `protocol.md`.
 pub const FEATURE_PCOW: u64 = 1 << 56;
+/// Protocol feature: the frontend can let a kernel thread's request for write access fail (section 5.2, BOUNCE).
+pub const FEATURE_BOUNCE: u64 = 1 << 57;
 /// The protocol features without which there is no session.
 pub const NEEDED_FEATURES: u64 =
     FEATURE_REPLY_ACK | FEATURE_BACKEND_REQ | FEATURE_BACKEND_SEND_FD | FEATURE_PCOW;
+
+/// Every protocol feature of this version.
+pub const KNOWN_FEATURES: u64 = NEEDED_FEATURES | FEATURE_BOUNCE;
 
 /// Bytes that a region's size and address are a multiple of.
 pub const REGION_ALIGNMENT: u64 = 2 << 20;
@@ -251,6 +256,10 @@ pub enum BackendCode {
     Unmap = 1003,
     /// Drop read copies.
     Evict = 1004,
+    /// Make a page read-only for a moment and wake.
+    Bounce = 1005,
+    /// End that moment and wake.
+    BounceEnd = 1006,
 }
 
 // The private numbers of both channels do not meet vhost-user's.
@@ -358,6 +367,8 @@ impl Code for BackendCode {
         Self::Map,
         Self::Unmap,
         Self::Evict,
+        Self::Bounce,
+        Self::BounceEnd,
     ];
 
     fn number(self) -> u32 {
@@ -371,13 +382,15 @@ impl Code for BackendCode {
             Self::Map => "MAP",
             Self::Unmap => "UNMAP",
             Self::Evict => "EVICT",
+            Self::Bounce => "BOUNCE",
+            Self::BounceEnd => "BOUNCE_END",
         }
     }
 
     fn request(self) -> Layout {
         match self {
             Self::RegisterFd | Self::ForgetFd => Layout::Register,
-            Self::Map | Self::Unmap | Self::Evict => Layout::Mmap,
+            Self::Map | Self::Unmap | Self::Evict | Self::Bounce | Self::BounceEnd => Layout::Mmap,
         }
     }
 
@@ -390,6 +403,6 @@ impl Code for BackendCode {
     }
 
     fn must_ask(self) -> bool {
-        self == Self::RegisterFd
+        matches!(self, Self::RegisterFd | Self::Bounce)
     }
 }

@@ -106,6 +106,7 @@ fn the_documents_features_are_the_constants() {
         ("BACKEND_REQ", wire::FEATURE_BACKEND_REQ),
         ("BACKEND_SEND_FD", wire::FEATURE_BACKEND_SEND_FD),
         ("PCOW", wire::FEATURE_PCOW),
+        ("BOUNCE", wire::FEATURE_BOUNCE),
     ];
     let rows: Vec<_> = rows("## 3.")
         .into_iter()

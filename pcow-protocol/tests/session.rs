@@ -8,10 +8,12 @@ use pcow_protocol::message::{
 };
 use pcow_protocol::session::{
     BackendAction, BackendSession, FrontendSession, FrontendStep, MappingAction, Mappings, Refusal,
+    Rules,
 };
 use pcow_protocol::wire::{
-    BackendCode, Code, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode,
-    NEEDED_FEATURES, REGION_ALIGNMENT, REGISTER_WRITABLE, Region, Register,
+    BackendCode, Code, FEATURE_BOUNCE, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd,
+    FrontendCode, KNOWN_FEATURES, NEEDED_FEATURES, REGION_ALIGNMENT, REGISTER_WRITABLE, Region,
+    Register,
 };
 
 const SIZE: u64 = 2 * REGION_ALIGNMENT;
@@ -92,7 +94,9 @@ fn expected(state: &str, code: FrontendCode) -> Option<BackendAction> {
     let done = FrontendReply::Status(code, Status::OK);
     match (state, code) {
         ("new", C::GetFeatures) => features(1 << 30),
-        ("features", C::GetProtocolFeatures) => features(1 << 3 | 1 << 5 | 1 << 10 | 1 << 56),
+        ("features", C::GetProtocolFeatures) => {
+            features(1 << 3 | 1 << 5 | 1 << 10 | 1 << 56 | 1 << 57)
+        }
         ("new", C::SetFeatures) | ("features", C::SetProtocolFeatures) => {
             Some(BackendAction::Reply(done))
         }
@@ -161,7 +165,8 @@ fn features_that_were_not_offered_or_miss_a_needed_one_are_refused() {
         0,
         NEEDED_FEATURES | 1,
         NEEDED_FEATURES & !FEATURE_PCOW,
-        NEEDED_FEATURES | 1 << 57,
+        NEEDED_FEATURES | 1 << 58,
+        FEATURE_BOUNCE,
     ] {
         let request = FrontendRequest::SetProtocolFeatures(bits);
         let result = backend_in("features").request(&request, true);
@@ -234,7 +239,7 @@ fn region() -> Region {
 fn reply(code: FrontendCode) -> FrontendReply {
     match code {
         FrontendCode::GetFeatures => FrontendReply::Features(code, 1 << 30 | 1 << 26),
-        FrontendCode::GetProtocolFeatures => FrontendReply::Features(code, NEEDED_FEATURES | 1),
+        FrontendCode::GetProtocolFeatures => FrontendReply::Features(code, KNOWN_FEATURES | 1),
         FrontendCode::GetRegion => FrontendReply::Region(region()),
         _ => FrontendReply::Status(code, Status::OK),
     }
@@ -243,7 +248,7 @@ fn reply(code: FrontendCode) -> FrontendReply {
 /// A frontend that waits for the reply to this request, if it ever asks for one.
 fn frontend_awaiting(code: Option<FrontendCode>) -> FrontendSession {
     use FrontendCode as C;
-    let (mut session, first) = FrontendSession::start();
+    let (mut session, first) = FrontendSession::start(true);
     assert_eq!(first, FrontendRequest::GetFeatures);
     for answered in [C::GetFeatures, C::GetProtocolFeatures, C::GetRegion] {
         if code == Some(answered) {
@@ -270,7 +275,7 @@ fn expected_step(code: FrontendCode) -> FrontendStep {
             FrontendStep::Send([R::SetFeatures(1 << 30), R::GetProtocolFeatures])
         }
         FrontendCode::GetProtocolFeatures => {
-            FrontendStep::Send([R::SetProtocolFeatures(NEEDED_FEATURES), R::GetRegion])
+            FrontendStep::Send([R::SetProtocolFeatures(KNOWN_FEATURES), R::GetRegion])
         }
         FrontendCode::GetRegion => FrontendStep::Reserve(region()),
         FrontendCode::SetFaultFd => FrontendStep::Serving,
@@ -307,7 +312,7 @@ fn every_state_of_the_frontend_meets_every_reply() {
 
 #[test]
 fn the_two_ends_lead_each_other_through_the_whole_session() {
-    let (mut frontend, first) = FrontendSession::start();
+    let (mut frontend, first) = FrontendSession::start(true);
     let mut backend = BackendSession::new(SIZE);
     let mut outgoing = vec![first];
     let mut served = false;
@@ -333,6 +338,26 @@ fn the_two_ends_lead_each_other_through_the_whole_session() {
         }
     }
     assert!(served);
+    assert!(frontend.bounces() && backend.bounces());
+}
+
+#[test]
+fn bounce_is_agreed_on_only_if_both_ends_know_it() {
+    let offer = |bits| FrontendReply::Features(FrontendCode::GetProtocolFeatures, bits);
+    for (wanted, offered) in [(true, NEEDED_FEATURES), (false, KNOWN_FEATURES)] {
+        let (mut frontend, _) = FrontendSession::start(wanted);
+        frontend.reply(&reply(FrontendCode::GetFeatures)).unwrap();
+        let step = frontend.reply(&offer(offered)).unwrap();
+        let chosen = FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES);
+        assert_eq!(
+            step,
+            FrontendStep::Send([chosen, FrontendRequest::GetRegion])
+        );
+        assert!(!frontend.bounces());
+        let mut backend = backend_in("features");
+        backend.request(&chosen, false).unwrap();
+        assert!(!backend.bounces());
+    }
 }
 
 #[test]
@@ -343,7 +368,7 @@ fn a_peer_without_pcow_is_recognised_and_one_without_protocol_features_refused()
     let step = session.reply(&offer(FrontendCode::GetProtocolFeatures, without));
     assert_eq!(step, Ok(FrontendStep::NotPcow));
 
-    let (mut session, _) = FrontendSession::start();
+    let (mut session, _) = FrontendSession::start(true);
     let result = session.reply(&offer(FrontendCode::GetFeatures, 1));
     assert_eq!(result, Err(Violation::Features(1)));
 }
@@ -411,9 +436,16 @@ fn writable(slot: u32) -> Register {
     }
 }
 
+const RULES: Rules = Rules {
+    region_size: SIZE,
+    read_only: false,
+    page_size: PAGE,
+    bounce: true,
+};
+
 /// A file in slot 3 for loads and stores, one page in slot 4 for loads.
 fn mappings() -> Mappings<&'static str> {
-    let mut mappings = Mappings::new(SIZE, false, PAGE);
+    let mut mappings = Mappings::new(RULES);
     mappings.insert(&writable(3), "stores");
     mappings.insert(
         &Register {
@@ -468,6 +500,15 @@ fn requests_inside_the_bounds_are_carried_out() {
         all.request(&evict, false),
         Ok(MappingAction::Evict(range(0, SIZE)))
     );
+    let page = range(SIZE - PAGE, PAGE);
+    assert_eq!(
+        all.request(&BackendRequest::Bounce(page), true),
+        Ok(MappingAction::Bounce(page))
+    );
+    assert_eq!(
+        all.request(&BackendRequest::BounceEnd(page), false),
+        Ok(MappingAction::BounceEnd(page))
+    );
     let register = BackendRequest::RegisterFd(writable(255));
     assert_eq!(
         all.request(&register, true),
@@ -502,6 +543,9 @@ fn requests_out_of_bounds_are_violations() {
         ),
         (BackendRequest::Unmap(range(0, 0)), "mmap range"),
         (BackendRequest::Evict(range(0, SIZE + PAGE)), "mmap range"),
+        (BackendRequest::Bounce(range(0, 2 * PAGE)), "mmap.len"),
+        (BackendRequest::Bounce(range(SIZE, PAGE)), "mmap range"),
+        (BackendRequest::BounceEnd(range(1, PAGE)), "mmap range"),
         (BackendRequest::RegisterFd(writable(256)), "register.slot"),
         (
             BackendRequest::RegisterFd(Register {
@@ -546,7 +590,10 @@ fn slots_are_refused_by_status_and_not_by_violation() {
 
 #[test]
 fn a_read_only_region_has_no_writable_slot() {
-    let mut all = Mappings::<()>::new(SIZE, true, PAGE);
+    let mut all = Mappings::<()>::new(Rules {
+        read_only: true,
+        ..RULES
+    });
     let refused = all.request(&BackendRequest::RegisterFd(writable(0)), true);
     let violation = Violation::OutOfRange("register.flags");
     assert_eq!(refused, Err(Refusal::Violation(violation)));
@@ -555,11 +602,41 @@ fn a_read_only_region_has_no_writable_slot() {
 #[test]
 fn a_registration_must_ask_for_its_status() {
     for code in BackendCode::ALL {
-        assert_eq!(code.must_ask(), *code == BackendCode::RegisterFd);
+        let asks = [BackendCode::RegisterFd, BackendCode::Bounce];
+        assert_eq!(code.must_ask(), asks.contains(code));
     }
     let refused = mappings();
     let mut refused = refused;
     let result = refused.request(&BackendRequest::RegisterFd(writable(9)), false);
     let violation = Violation::ReplyNotWanted("REGISTER_FD");
     assert_eq!(result, Err(Refusal::Violation(violation)));
+}
+
+#[test]
+fn bounces_that_were_not_agreed_on_and_those_of_a_read_only_region_are_unknown_requests() {
+    let page = RegionRange {
+        offset: 0,
+        len: PAGE,
+    };
+    let without = [
+        Rules {
+            bounce: false,
+            ..RULES
+        },
+        Rules {
+            read_only: true,
+            ..RULES
+        },
+    ];
+    for rules in without {
+        for request in [
+            BackendRequest::Bounce(page),
+            BackendRequest::BounceEnd(page),
+        ] {
+            let mut mappings = Mappings::<()>::new(rules);
+            let result = mappings.request(&request, true);
+            let violation = Violation::UnknownRequest(request.code().number());
+            assert_eq!(result, Err(Refusal::Violation(violation)));
+        }
+    }
 }

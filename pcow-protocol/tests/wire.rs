@@ -179,6 +179,18 @@ fn backend_requests_have_these_bytes() {
             "ec030000 01000000 28000000 00 00000000000000
              0000000000000000 0000000000000000 0000010000000000 0000000000000000",
         ),
+        (
+            BackendRequest::Bounce(ranged(0x5000, 0x1000)),
+            true,
+            "ed030000 09000000 28000000 00 00000000000000
+             0000000000000000 0050000000000000 0010000000000000 0000000000000000",
+        ),
+        (
+            BackendRequest::BounceEnd(ranged(0x5000, 0x1000)),
+            false,
+            "ee030000 01000000 28000000 00 00000000000000
+             0000000000000000 0050000000000000 0010000000000000 0000000000000000",
+        ),
     ];
     assert_eq!(cases.len(), BackendCode::ALL.len());
     for (request, reply_wanted, bytes) in cases {
@@ -238,6 +250,8 @@ fn reserved_fields_that_are_not_zero_are_refused() {
         ("eb", 40, 1, "mmap.padding"),
         ("eb", 40, 8, "mmap.fd_offset"),
         ("ec", 40, 39, "mmap.flags"),
+        ("ed", 40, 0, "mmap.shmid"),
+        ("ee", 40, 8, "mmap.fd_offset"),
     ];
     for (number, size, index, field) in requests {
         let bytes = format!("{number}030000 01000000 {size:02x}000000 {}", zeros(size));

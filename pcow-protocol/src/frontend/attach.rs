@@ -78,8 +78,12 @@ pub(super) struct MainChannel {
 
 impl MainChannel {
     /// Negotiates until the backend has said what it serves.
-    pub(super) fn negotiate(stream: UnixStream, deadline: Instant) -> Result<(Self, Offer)> {
-        let (session, first) = FrontendSession::start();
+    pub(super) fn negotiate(
+        stream: UnixStream,
+        bounce: bool,
+        deadline: Instant,
+    ) -> Result<(Self, Offer)> {
+        let (session, first) = FrontendSession::start(bounce);
         let mut main = Self {
             connection: Connection::new(stream),
             session,
@@ -96,6 +100,11 @@ impl MainChannel {
                 step => return Err(unexpected(step)),
             }
         }
+    }
+
+    /// Whether BOUNCE was agreed on.
+    pub(super) fn bounces(&self) -> bool {
+        self.session.bounces()
     }
 
     /// Hands over the backend channel and the userfaultfd; returns when the region is served.

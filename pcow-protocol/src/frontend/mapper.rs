@@ -11,11 +11,12 @@ use std::thread::JoinHandle;
 
 use rustix::io::Errno;
 
+use super::bounce::Bounces;
 use super::link::Link;
 use super::region::{FileMode, GuestRegion, try_scratch};
 use super::watch::MoveGuard;
 use crate::codec::{Connection, Received};
-use crate::error::{Chain, Error, Result};
+use crate::error::{Chain, Error, ErrorKind, Result};
 use crate::message::{BackendReply, BackendRequest, RegionRange, Status};
 use crate::session::{MappingAction, Mappings, Refusal};
 use crate::wire::Code;
@@ -32,6 +33,10 @@ pub struct MappingCounts {
     pub unmaps: u64,
     /// EVICT requests carried out.
     pub evicts: u64,
+    /// BOUNCE requests carried out.
+    pub bounces: u64,
+    /// BOUNCE requests that were answered with `EBUSY`.
+    pub refused_bounces: u64,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +44,8 @@ pub(super) struct Counters {
     maps: AtomicU64,
     unmaps: AtomicU64,
     evicts: AtomicU64,
+    bounces: AtomicU64,
+    refused_bounces: AtomicU64,
 }
 
 impl Counters {
@@ -47,6 +54,8 @@ impl Counters {
             maps: self.maps.load(Ordering::Relaxed),
             unmaps: self.unmaps.load(Ordering::Relaxed),
             evicts: self.evicts.load(Ordering::Relaxed),
+            bounces: self.bounces.load(Ordering::Relaxed),
+            refused_bounces: self.refused_bounces.load(Ordering::Relaxed),
         }
     }
 }
@@ -56,6 +65,7 @@ impl Counters {
 pub(super) struct Surface {
     pub region: Arc<GuestRegion>,
     pub moves: MoveGuard,
+    pub bounces: Arc<Bounces>,
     pub counters: Arc<Counters>,
 }
 
@@ -69,6 +79,7 @@ impl Surface {
         range: RegionRange,
     ) -> Outcome {
         self.counters.maps.fetch_add(1, Ordering::Relaxed);
+        self.bounces.end_within(range);
         let mapped = self.region.map(file, mode, file_offset, range);
         if mapped.is_err() {
             // The outcome is the mapping's own; `restore` aborts if guest memory is left with a hole.
@@ -81,6 +92,7 @@ impl Surface {
     /// UNMAP, then wake.
     fn unmap(&self, range: RegionRange) -> Outcome {
         self.counters.unmaps.fetch_add(1, Ordering::Relaxed);
+        self.bounces.end_within(range);
         let restored = self.restore(range);
         self.wake(range);
         restored
@@ -90,6 +102,18 @@ impl Surface {
     fn evict(&self, range: RegionRange) -> Outcome {
         self.counters.evicts.fetch_add(1, Ordering::Relaxed);
         self.region.evict(range)
+    }
+
+    /// BOUNCE: the moment begins, and who waits is woken in it.
+    fn bounce(&self, page: RegionRange) -> Outcome {
+        let opened = self.bounces.open(page);
+        let counter = if opened.is_ok() {
+            &self.counters.bounces
+        } else {
+            &self.counters.refused_bounces
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        opened
     }
 
     /// Makes the range trap again, or leaves it as it was.
@@ -134,15 +158,28 @@ impl Mapper {
     }
 
     fn run(mut self, link: &Link) {
-        loop {
+        let ended = loop {
             if let Err(error) = self.serve_one() {
-                return link.end(error.to_string());
+                break error;
+            }
+        };
+        self.surface.bounces.end_all();
+        link.end(ended.to_string());
+    }
+
+    /// The next request. While a moment is open, waits no longer than it may last.
+    fn receive(&mut self) -> Result<Received<BackendRequest>> {
+        while let Some(until) = self.surface.bounces.end_late() {
+            match self.channel.recv_until(until) {
+                Err(error) if error.kind() == ErrorKind::TimedOut => {}
+                other => return other,
             }
         }
+        self.channel.recv()
     }
 
     fn serve_one(&mut self) -> Result<()> {
-        let received = self.channel.recv()?;
+        let received = self.receive()?;
         let code = received.message.code();
         let reply_wanted = received.reply_wanted;
         let (status, violation) = match self.carry_out(received) {
@@ -200,6 +237,11 @@ impl Mapper {
             ),
             MappingAction::Unmap(range) => surface.unmap(range),
             MappingAction::Evict(range) => surface.evict(range),
+            MappingAction::Bounce(page) => surface.bounce(page),
+            MappingAction::BounceEnd(page) => {
+                surface.bounces.end(page);
+                Ok(())
+            }
         };
         done.map_err(|errno| Refusal::Status(Status::from_errno(errno.raw_os_error())))
     }

@@ -13,10 +13,12 @@
 //! The upper half outlives the session: when the backend goes, what is mapped goes on working and other touches wait.
 
 mod attach;
+mod bounce;
 mod limit;
 mod link;
 mod mapper;
 mod region;
+mod segv;
 mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,17 +34,18 @@ use self::attach::{MainChannel, Offer, connect_until};
 use self::limit::mapping_limit;
 use self::link::Link;
 use self::mapper::{Counters, Mapper, Surface};
-use self::region::Access;
 use self::watch::Watch;
 use crate::codec::Connection;
 use crate::error::{Error, ErrorKind, Result};
-use crate::session::Mappings;
+use crate::session::{Mappings, Rules};
 use crate::uffd::Uffd;
 use crate::wire::{self, FaultFd};
 
+pub use self::bounce::{Bounces, IoGuard};
 pub use self::link::LinkStatus;
 pub use self::mapper::MappingCounts;
 pub use self::region::GuestRegion;
+pub use self::segv::repeat_stores_in_bounces;
 
 /// How to attach.
 #[derive(Clone, Debug)]
@@ -52,6 +55,9 @@ pub struct FrontendOptions {
     /// How many memory mappings the backend may cause in this process, at least 16. Default: half of
     /// `vm.max_map_count`, less those that the process has when it attaches.
     pub mapping_limit: Option<u32>,
+    /// Whether the backend may ask for BOUNCE, which tells loads from stores under KVM on x86. Default: yes; it is never
+    /// asked for without KVM. A virtual machine monitor that uses KVM must do what [`Bounces`] says, or switch it off.
+    pub bounce: bool,
 }
 
 impl Default for FrontendOptions {
@@ -59,6 +65,7 @@ impl Default for FrontendOptions {
         Self {
             handshake_timeout: Duration::from_secs(10),
             mapping_limit: None,
+            bounce: true,
         }
     }
 }
@@ -73,6 +80,7 @@ pub struct Frontend {
     // After the session, whose mapping thread it helps.
     _watch: Watch,
     region: Arc<GuestRegion>,
+    bounces: Arc<Bounces>,
     counters: Arc<Counters>,
     offered: wire::Region,
 }
@@ -100,15 +108,17 @@ impl Frontend {
     }
 
     fn attach(stream: UnixStream, options: &FrontendOptions, deadline: Instant) -> Result<Self> {
-        let (main, offer) = MainChannel::negotiate(stream, deadline)?;
+        let (main, offer) = MainChannel::negotiate(stream, options.bounce, deadline)?;
         let mapping_limit = mapping_limit(options.mapping_limit)?;
         let offered = offer.region;
         let region = Arc::new(reserve(offer)?);
         let watch = Watch::start(Arc::clone(&region))?;
+        let bounces = Bounces::new(Arc::clone(&region));
         let counters = Arc::new(Counters::default());
         let surface = Surface {
             region: Arc::clone(&region),
             moves: watch.guard(),
+            bounces: Arc::clone(&bounces),
             counters: Arc::clone(&counters),
         };
         let session = Session::open(main, surface, &offered, mapping_limit, deadline)?;
@@ -116,6 +126,7 @@ impl Frontend {
             session,
             _watch: watch,
             region,
+            bounces,
             counters,
             offered,
         })
@@ -124,6 +135,11 @@ impl Frontend {
     /// The guest's memory. Clone the `Arc` for threads that may outlive this value.
     pub fn region(&self) -> &Arc<GuestRegion> {
         &self.region
+    }
+
+    /// The moments in which a page of the region cannot be stored to; for monitors that use KVM.
+    pub fn bounces(&self) -> &Arc<Bounces> {
+        &self.bounces
     }
 
     /// Whether the image is served read-only: stores must not reach the region.
@@ -177,14 +193,8 @@ fn reserve(offer: Offer) -> Result<GuestRegion> {
     };
     let size = usize::try_from(offer.region.size).map_err(too_large)?;
     let alignment = usize::try_from(offer.region.alignment).map_err(too_large)?;
-    let read_only = offer.region.flags & wire::REGION_READ_ONLY != 0;
-    let access = if read_only {
-        Access::Read
-    } else {
-        Access::ReadWrite
-    };
     let uffd = Uffd::create(offer.device.as_ref().map(AsFd::as_fd))?;
-    GuestRegion::reserve(size, alignment, access, uffd, offer.lock)
+    GuestRegion::reserve(size, alignment, uffd, offer.lock)
 }
 
 /// One connection to a backend, from the handshake to its end.
@@ -211,12 +221,15 @@ impl Session {
             .map_err(|e| Error::io("duplicate the backend channel", e))?;
         let link = Arc::new(Link::new(main.try_clone_stream()?, ours_clone));
         let region = Arc::clone(&surface.region);
-        let read_only = offered.flags & wire::REGION_READ_ONLY != 0;
-        let page_size = rustix::param::page_size() as u64;
-        let mappings = Mappings::new(offered.size, read_only, page_size);
+        let rules = Rules {
+            region_size: offered.size,
+            read_only: offered.flags & wire::REGION_READ_ONLY != 0,
+            page_size: rustix::param::page_size() as u64,
+            bounce: main.bounces(),
+        };
         let mapper = Mapper {
             channel: Connection::new(ours),
-            mappings,
+            mappings: Mappings::new(rules),
             surface,
         };
         let mapper = Some(mapper.start(Arc::clone(&link))?);

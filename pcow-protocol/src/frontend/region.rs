@@ -22,23 +22,9 @@ use crate::error::{Error, Result};
 use crate::message::RegionRange;
 use crate::uffd::Uffd;
 
-/// What an underlay allows in the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
-    /// Loads only: the image is served read-only.
-    Read,
-    /// Loads and stores.
-    ReadWrite,
-}
-
-impl Access {
-    fn protection(self) -> MprotectFlags {
-        match self {
-            Self::Read => MprotectFlags::READ,
-            Self::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
-        }
-    }
-}
+/// What every underlay allows, also of an image that is served read-only: KVM's workers ask for write access even for a
+/// load, and where that is not allowed they fail without a fault that the backend hears of, for ever.
+const OPEN: MprotectFlags = MprotectFlags::READ.union(MprotectFlags::WRITE);
 
 /// How a file is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +61,6 @@ pub struct GuestRegion {
     underlay: Underlay,
     uffd: Uffd,
     _lock: Option<OwnedFd>,
-    access: Access,
 }
 
 impl GuestRegion {
@@ -83,7 +68,6 @@ impl GuestRegion {
     pub(super) fn reserve(
         size: usize,
         alignment: usize,
-        access: Access,
         uffd: Uffd,
         lock: Option<OwnedFd>,
     ) -> Result<Self> {
@@ -91,12 +75,11 @@ impl GuestRegion {
             alignment,
             guard: rustix::param::page_size(),
         };
-        let underlay = Underlay::make(&uffd, size, place, access)?;
+        let underlay = Underlay::make(&uffd, size, place)?;
         Ok(Self {
             underlay,
             uffd,
             _lock: lock,
-            access,
         })
     }
 
@@ -111,7 +94,8 @@ impl GuestRegion {
         self.underlay.len
     }
 
-    /// The whole region, for volatile and atomic access. Stores into a read-only region are a segmentation fault.
+    /// The whole region, for volatile and atomic access. Stores into a read-only region must not be: they are a
+    /// segmentation fault or change a page that is nobody's.
     pub fn volatile_slice(&self) -> VolatileSlice<'_> {
         // SAFETY: the range is mapped from `reserve` to `drop`, which the lifetime of `self` excludes, and is only ever
         // accessed through raw pointers and volatile slices: this type gives out no references to it.
@@ -148,7 +132,7 @@ impl GuestRegion {
             alignment: rustix::param::page_size(),
             guard: 0,
         };
-        let piece = Underlay::make(&self.uffd, len, place, self.access)?;
+        let piece = Underlay::make(&self.uffd, len, place)?;
         piece
             .move_to(address)
             .map_err(|e| Error::io(format!("move {len} bytes of trap"), e))
@@ -174,6 +158,27 @@ impl GuestRegion {
             Err(Errno::INVAL) => unsafe { madvise(address, len, Advice::LinuxDontNeed) },
             result => result,
         }
+    }
+
+    /// Lets every store into the range fail, those of the kernel included, until [`GuestRegion::allow_stores`]. Write
+    /// protection by userfaultfd is not affected.
+    pub(super) fn forbid_stores(&self, range: RegionRange) -> std::result::Result<(), Errno> {
+        self.protect(range, MprotectFlags::READ)
+    }
+
+    /// Takes [`GuestRegion::forbid_stores`] back.
+    pub(super) fn allow_stores(&self, range: RegionRange) -> std::result::Result<(), Errno> {
+        self.protect(range, OPEN)
+    }
+
+    fn protect(
+        &self,
+        range: RegionRange,
+        protection: MprotectFlags,
+    ) -> std::result::Result<(), Errno> {
+        let (address, len) = self.locate(range)?;
+        // SAFETY: inside the region (`locate`), to which nobody holds a reference; contents do not change.
+        unsafe { mprotect(address, len, protection) }
     }
 
     /// Wakes the threads that wait in the range.
@@ -247,7 +252,7 @@ struct Underlay {
 impl Underlay {
     /// Makes a trap. Inaccessible until it is registered: under `mlockall` new accessible memory would be filled with
     /// zeros at once. Never merged (that removes write protection), never huge, not in core dumps, not in forked children.
-    fn make(uffd: &Uffd, len: usize, place: Place, access: Access) -> Result<Self> {
+    fn make(uffd: &Uffd, len: usize, place: Place) -> Result<Self> {
         let underlay = Self::reserve(len, place)
             .map_err(|e| Error::io(format!("reserve {len} bytes of address space"), e))?;
         underlay
@@ -255,7 +260,7 @@ impl Underlay {
             .map_err(|e| Error::io("prepare a trap", e))?;
         uffd.register(underlay.base.addr() as u64, len as u64)?;
         // SAFETY: the range belongs to `underlay` and holds no page.
-        unsafe { mprotect(underlay.base, len, access.protection()) }
+        unsafe { mprotect(underlay.base, len, OPEN) }
             .map_err(|e| Error::io(format!("open {len} bytes of trap"), e))?;
         Ok(underlay)
     }

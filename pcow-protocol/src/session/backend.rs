@@ -4,8 +4,8 @@
 use crate::error::Violation;
 use crate::message::{FrontendReply, FrontendRequest, Status};
 use crate::wire::{
-    Code, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode, MIN_MAPPING_LIMIT, NEEDED_FEATURES,
-    REGION_ALIGNMENT,
+    Code, FEATURE_BOUNCE, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode, KNOWN_FEATURES,
+    MIN_MAPPING_LIMIT, NEEDED_FEATURES, REGION_ALIGNMENT,
 };
 
 /// Where a session is (section 4).
@@ -70,6 +70,7 @@ pub enum BackendAction {
 pub struct BackendSession {
     state: State,
     region_size: u64,
+    protocol_features: u64,
 }
 
 impl BackendSession {
@@ -78,6 +79,7 @@ impl BackendSession {
         Self {
             state: State::New,
             region_size,
+            protocol_features: 0,
         }
     }
 
@@ -96,13 +98,17 @@ impl BackendSession {
         let done = status.map_or(BackendAction::Nothing, BackendAction::Reply);
         Ok(match request {
             FrontendRequest::GetFeatures => features(code, FEATURE_PROTOCOL_FEATURES),
-            FrontendRequest::GetProtocolFeatures => features(code, NEEDED_FEATURES),
+            FrontendRequest::GetProtocolFeatures => features(code, KNOWN_FEATURES),
             FrontendRequest::SetFeatures(bits) => {
-                self.choose(*bits, FEATURE_PROTOCOL_FEATURES, State::Features)?;
+                // What is offered is needed, so there is exactly one right choice.
+                choose(*bits, FEATURE_PROTOCOL_FEATURES, FEATURE_PROTOCOL_FEATURES)?;
+                self.state = State::Features;
                 done
             }
             FrontendRequest::SetProtocolFeatures(bits) => {
-                self.choose(*bits, NEEDED_FEATURES, State::Negotiated)?;
+                choose(*bits, KNOWN_FEATURES, NEEDED_FEATURES)?;
+                self.protocol_features = *bits;
+                self.state = State::Negotiated;
                 done
             }
             FrontendRequest::SetBackendReqFd => {
@@ -113,6 +119,11 @@ impl BackendSession {
             FrontendRequest::SetFaultFd(fault_fd) => self.attach(fault_fd)?,
             FrontendRequest::Flush => BackendAction::Flush,
         })
+    }
+
+    /// Whether the frontend can carry out BOUNCE.
+    pub fn bounces(&self) -> bool {
+        self.protocol_features & FEATURE_BOUNCE != 0
     }
 
     /// SET_FAULT_FD was answered with this status.
@@ -138,20 +149,19 @@ impl BackendSession {
         Ok(())
     }
 
-    /// All that is offered is needed, so there is exactly one right choice.
-    fn choose(&mut self, bits: u64, offered: u64, next: State) -> Result<(), Violation> {
-        if bits != offered {
-            return Err(Violation::Features(bits));
-        }
-        self.state = next;
-        Ok(())
-    }
-
     fn attach(&mut self, fault_fd: &FaultFd) -> Result<BackendAction, Violation> {
         check_fault_fd(fault_fd, self.region_size)?;
         self.state = State::Attaching;
         Ok(BackendAction::Attach(*fault_fd))
     }
+}
+
+/// The choice must be a part of what was offered, and have all that is needed.
+fn choose(bits: u64, offered: u64, needed: u64) -> Result<(), Violation> {
+    if bits & !offered != 0 || bits & needed != needed {
+        return Err(Violation::Features(bits));
+    }
+    Ok(())
 }
 
 fn features(code: FrontendCode, bits: u64) -> BackendAction {

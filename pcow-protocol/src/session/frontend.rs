@@ -4,8 +4,8 @@
 use crate::error::Violation;
 use crate::message::{FrontendReply, FrontendRequest, Status};
 use crate::wire::{
-    Code, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode, MAX_REGION_SIZE,
-    NEEDED_FEATURES, REGION_ALIGNMENT, Region,
+    Code, FEATURE_BOUNCE, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode,
+    MAX_REGION_SIZE, NEEDED_FEATURES, REGION_ALIGNMENT, Region,
 };
 
 /// What is awaited from the backend.
@@ -59,17 +59,23 @@ pub enum FrontendStep {
 #[derive(Debug)]
 pub struct FrontendSession {
     state: State,
+    /// Whether BOUNCE is wanted, and since the features were chosen, whether it was agreed on.
+    bounce: bool,
 }
 
 impl FrontendSession {
-    /// A new connection, and the request to begin with.
-    pub fn start() -> (Self, FrontendRequest) {
-        (
-            Self {
-                state: State::Features,
-            },
-            FrontendRequest::GetFeatures,
-        )
+    /// A new connection, and the request to begin with. With `bounce` the frontend can carry out BOUNCE.
+    pub fn start(bounce: bool) -> (Self, FrontendRequest) {
+        let session = Self {
+            state: State::Features,
+            bounce,
+        };
+        (session, FrontendRequest::GetFeatures)
+    }
+
+    /// Whether the backend may ask for BOUNCE. Known when the region is.
+    pub fn bounces(&self) -> bool {
+        self.bounce
     }
 
     /// Takes the reply that was waited for.
@@ -132,8 +138,10 @@ impl FrontendSession {
             return FrontendStep::NotPcow;
         }
         self.state = State::Region;
+        self.bounce &= bits & FEATURE_BOUNCE != 0;
+        let chosen = NEEDED_FEATURES | if self.bounce { FEATURE_BOUNCE } else { 0 };
         FrontendStep::Send([
-            FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES),
+            FrontendRequest::SetProtocolFeatures(chosen),
             FrontendRequest::GetRegion,
         ])
     }

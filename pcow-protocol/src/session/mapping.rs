@@ -5,7 +5,7 @@
 
 use crate::error::Violation;
 use crate::message::{BackendRequest, Map, RegionRange, Status};
-use crate::wire::{Code, Register};
+use crate::wire::{BackendCode, Code, Register};
 
 /// How many slots there are.
 const SLOTS: usize = 256;
@@ -34,6 +34,10 @@ pub enum MappingAction<'a, F> {
     Unmap(RegionRange),
     /// Drop read copies.
     Evict(RegionRange),
+    /// Make this page read-only, then wake.
+    Bounce(RegionRange),
+    /// End that, then wake.
+    BounceEnd(RegionRange),
 }
 
 /// Why a request is not carried out.
@@ -59,25 +63,31 @@ struct Slot<F> {
     length: u64,
 }
 
-/// The slots of a session, and the region that its requests are checked against.
+/// What the requests of a session are checked against.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Bytes of the region.
+    pub region_size: u64,
+    /// Whether every writable slot is refused.
+    pub read_only: bool,
+    /// Bytes of a page.
+    pub page_size: u64,
+    /// Whether BOUNCE was agreed on.
+    pub bounce: bool,
+}
+
+/// The slots of a session, and the rules for its requests.
 #[derive(Debug)]
 pub struct Mappings<F> {
     slots: Vec<Option<Slot<F>>>,
-    region_size: u64,
-    read_only: bool,
-    page_size: u64,
+    rules: Rules,
 }
 
 impl<F> Mappings<F> {
-    /// No slot is in use yet. `read_only` refuses every writable slot.
-    pub fn new(region_size: u64, read_only: bool, page_size: u64) -> Self {
+    /// No slot is in use yet.
+    pub fn new(rules: Rules) -> Self {
         let slots = std::iter::repeat_with(|| None).take(SLOTS).collect();
-        Self {
-            slots,
-            region_size,
-            read_only,
-            page_size,
-        }
+        Self { slots, rules }
     }
 
     /// Decides what to do with a request.
@@ -99,6 +109,10 @@ impl<F> Mappings<F> {
             BackendRequest::Map(map) => self.map(map),
             BackendRequest::Unmap(range) => Ok(MappingAction::Unmap(self.checked(*range)?)),
             BackendRequest::Evict(range) => Ok(MappingAction::Evict(self.checked(*range)?)),
+            BackendRequest::Bounce(page) => Ok(MappingAction::Bounce(self.bounced(code, *page)?)),
+            BackendRequest::BounceEnd(page) => {
+                Ok(MappingAction::BounceEnd(self.bounced(code, *page)?))
+            }
         }
     }
 
@@ -116,10 +130,10 @@ impl<F> Mappings<F> {
 
     fn register(&self, register: &Register) -> Result<MappingAction<'_, F>, Refusal> {
         let index = slot_index(register.slot)?;
-        if register.length == 0 || !register.length.is_multiple_of(self.page_size) {
+        if register.length == 0 || !register.length.is_multiple_of(self.rules.page_size) {
             return Err(Violation::OutOfRange("register.length").into());
         }
-        if register.writable() && self.read_only {
+        if register.writable() && self.rules.read_only {
             return Err(Violation::OutOfRange("register.flags").into());
         }
         if self.slots[usize::from(index)].is_some() {
@@ -144,7 +158,7 @@ impl<F> Mappings<F> {
             .file_offset
             .checked_add(range.len)
             .filter(|end| *end <= slot.length);
-        if end.is_none() || !map.file_offset.is_multiple_of(self.page_size) {
+        if end.is_none() || !map.file_offset.is_multiple_of(self.rules.page_size) {
             return Err(Violation::OutOfRange("mmap.fd_offset").into());
         }
         if map.writable && !slot.writable {
@@ -159,12 +173,26 @@ impl<F> Mappings<F> {
         })
     }
 
+    /// One page, if such requests were agreed on. Nothing of a read-only region is ever stored to.
+    fn bounced(&self, code: BackendCode, page: RegionRange) -> Result<RegionRange, Violation> {
+        if !self.rules.bounce || self.rules.read_only {
+            return Err(Violation::UnknownRequest(code.number()));
+        }
+        if page.len != self.rules.page_size {
+            return Err(Violation::OutOfRange("mmap.len"));
+        }
+        self.checked(page)
+    }
+
     /// A range of whole pages inside the region.
     fn checked(&self, range: RegionRange) -> Result<RegionRange, Violation> {
-        let whole = range.offset.is_multiple_of(self.page_size)
-            && range.len.is_multiple_of(self.page_size)
+        let whole = range.offset.is_multiple_of(self.rules.page_size)
+            && range.len.is_multiple_of(self.rules.page_size)
             && range.len != 0;
-        match range.end().filter(|end| whole && *end <= self.region_size) {
+        match range
+            .end()
+            .filter(|end| whole && *end <= self.rules.region_size)
+        {
             Some(_) => Ok(range),
             None => Err(Violation::OutOfRange("mmap range")),
         }

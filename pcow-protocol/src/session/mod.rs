@@ -17,4 +17,4 @@ mod mapping;
 
 pub use backend::{BackendAction, BackendSession};
 pub use frontend::{FrontendSession, FrontendStep};
-pub use mapping::{MappingAction, Mappings, Refusal};
+pub use mapping::{MappingAction, Mappings, Refusal, Rules};

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod backend;
+mod bounce;
 mod detach;
 mod handshake;
 mod hostile;

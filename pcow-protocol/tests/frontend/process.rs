@@ -10,7 +10,7 @@ use pcow_protocol::message::Status;
 use pcow_protocol::uffd::CopyOutcome;
 
 use crate::backend::{
-    Backend, CLUSTER, file, load, load_fault, map, region, store, store_fault, writable,
+    Backend, CLUSTER, PAGE, file, load, load_fault, map, region, store, store_fault, writable,
 };
 
 const SOCKET: &str = "PCOW_TEST_SOCKET";
@@ -37,6 +37,10 @@ fn faults_of_another_process_are_served_and_its_end_is_seen() {
     backend.answer_attach(Status::OK);
     assert_eq!(backend.fault(), load_fault(0));
     assert_eq!(backend.copy(0, &[5; 4096]), CopyOutcome::Done);
+    for page in [0, PAGE] {
+        let orphaned = backend.uffd.is_orphaned(backend.fault_fd.base + page, PAGE);
+        assert!(!orphaned.unwrap());
+    }
     assert_eq!(backend.fault(), store_fault(CLUSTER));
     // It wants no answer: the process may have ended before it could send one.
     backend
@@ -45,6 +49,8 @@ fn faults_of_another_process_are_served_and_its_end_is_seen() {
         .unwrap();
 
     assert!(child.wait().unwrap().success());
+    let orphaned = backend.uffd.is_orphaned(backend.fault_fd.base, PAGE);
+    assert!(orphaned.unwrap());
     assert_eq!(backend.copy(2 * CLUSTER, &[5; 4096]), CopyOutcome::Gone);
 }
 
