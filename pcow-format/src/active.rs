@@ -284,11 +284,47 @@ impl Active {
         Ok(())
     }
 
+    /// Makes `runs`, all of them data that the disk shows without them too, absent, and gives their storage back.
+    ///
+    /// # Errors
+    /// `FlushFailed`: the words are as they were, or absent in part. `Io`: they are absent, and storage is lost. What the
+    /// disk shows is the same in every case.
+    pub fn give_back(&self, runs: &[ClusterRange]) -> Result<()> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        self.unless_failed(|| {
+            for run in runs {
+                self.set_words(*run, State::Absent)?;
+            }
+            if self.domain == Domain::PageCache {
+                // I3: the words are durable before the bytes that they spoke of go. On DAX they are since their fence.
+                self.map
+                    .sync_data(Site("active.give_back_clean.sync"))
+                    .context(|| "cannot sync the map file".to_owned())?;
+            }
+            Ok(())
+        })?;
+        for run in runs {
+            self.ready().set(*run, false);
+            let range = self.cluster.byte_range(*run);
+            self.data
+                .punch(Site("active.give_back_clean.punch"), range)
+                .context(|| format!("cannot give back space of layer {}", self.name))?;
+        }
+        Ok(())
+    }
+
     /// Makes everything stored so far durable. Once it has failed it fails for ever (I7).
     ///
     /// # Errors
     /// `FlushFailed`.
     pub fn flush(&self) -> Result<()> {
+        self.unless_failed(|| self.flush_once())
+    }
+
+    /// Does what needs a sync, unless one has failed before; what fails now is remembered (I7).
+    fn unless_failed(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut failed = self
             .flush_failed
             .lock()
@@ -297,7 +333,7 @@ impl Active {
             let what = format!("an earlier flush of layer {} failed: {earlier}", self.name);
             return Err(Error::new(ErrorKind::FlushFailed, what));
         }
-        self.flush_once().map_err(|e| {
+        work().map_err(|e| {
             *failed = Some(e.to_string());
             let what = format!("cannot flush layer {}", self.name);
             Error::new(ErrorKind::FlushFailed, what).caused_by(e)

@@ -367,6 +367,45 @@ impl Image {
         Ok(())
     }
 
+    /// Makes those data clusters of `run` absent again that hold just what the disk shows without them, and gives their
+    /// storage back; returns how many. The caller holds the locks of all of them (F1), and nobody has them mapped.
+    ///
+    /// # Errors
+    /// `Io`, `Corrupt` or `FlushFailed`; clusters that were not reached are still data.
+    pub fn give_back_clean(&self, run: ClusterRange) -> Result<u64> {
+        let clean = self.clean_clusters(run)?;
+        let mut count = 0;
+        let mut runs = Vec::new();
+        for group in clean.chunk_by(|a, b| a.0 + 1 == b.0) {
+            runs.push(ClusterRange::new(
+                group[0].0,
+                group[0].0 + units::bytes(group.len()),
+            ));
+            count += units::bytes(group.len());
+        }
+        self.active.give_back(&runs)?;
+        Ok(count)
+    }
+
+    /// The data clusters of `run` whose bytes are those below.
+    fn clean_clusters(&self, run: ClusterRange) -> Result<Vec<Cluster>> {
+        let len = units::len(self.cluster_size().bytes());
+        let (mut own, mut below) = (vec![0; len], vec![0; len]);
+        let mut clean = Vec::new();
+        for (cluster, state) in run.iter().zip(self.active.states(run)?) {
+            if !state.is_data() {
+                continue;
+            }
+            let bytes = self.cluster_size().byte_range(cluster.only());
+            self.read_cluster(cluster, bytes.clone(), &mut own)?;
+            self.below.read(bytes.start, &mut below)?;
+            if own == below {
+                clean.push(cluster);
+            }
+        }
+        Ok(clean)
+    }
+
     fn copy_up(&self, run: ClusterRange, buf: &mut Vec<u8>) -> Result<()> {
         let range = self.cluster_size().byte_range(run);
         buf.resize(units::len(range.end - range.start), 0);

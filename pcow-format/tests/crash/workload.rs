@@ -32,6 +32,8 @@ pub const OPERATIONS: &[Operation] = &[
     operation("flush", |r| r.flush()),
     operation("prepare", |r| r.prepare()),
     operation("give back", |r| r.give_back()),
+    operation("touch", |r| r.touch()),
+    operation("give back clean", |r| r.give_back_clean()),
     operation("snapshot", |r| r.snapshot()),
     operation("rollback", |r| r.rollback()),
     operation("rebase", |r| r.rebase()),
@@ -274,6 +276,23 @@ impl<'a> Run<'a> {
     fn give_back(&mut self) -> Result<bool, String> {
         self.unseen(|image| image.active().give_back_prepared())?;
         Ok(self.sim.recorded() > 0)
+    }
+
+    /// Clusters are made writable for what turns out to be a load.
+    fn touch(&mut self) -> Result<bool, String> {
+        for cluster in [BASE, ABSENT].map(Cluster) {
+            self.unseen(|image| image.make_writable(cluster.only(), &mut Vec::new()))?;
+        }
+        Ok(self.sim.recorded() > 0)
+    }
+
+    /// Clusters that hold what they cover become absent again.
+    fn give_back_clean(&mut self) -> Result<bool, String> {
+        let mut given_back = 0;
+        for cluster in TRACKED.map(Cluster) {
+            given_back += self.unseen(|image| image.give_back_clean(cluster.only()))?;
+        }
+        Ok(given_back > 0)
     }
 
     /// The process dies and another one opens the image.
