@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pcow_protocol::codec::{Connection as Codec, Received};
@@ -16,10 +16,12 @@ use pcow_protocol::wire::{
     REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::Pid;
 
 use crate::disk::Disk;
 use crate::occupancy::Occupancy;
-use crate::service::{Budgets, FaultService};
+use crate::service::{Budgets, FaultService, GiveBack, Peer};
 
 /// How long a frontend may take for one step of the handshake.
 const HANDSHAKE_STEP: Duration = Duration::from_secs(30);
@@ -35,6 +37,8 @@ pub struct Offer {
     pub uffd_device: Option<OwnedFd>,
     /// The one place for a frontend.
     pub place: Occupancy,
+    /// What the attached frontend may have only read, to be given back before the end.
+    pub give_back: Mutex<GiveBack>,
 }
 
 impl Offer {
@@ -59,6 +63,15 @@ impl Offer {
             image,
             layer,
         }
+    }
+
+    /// Gives back what the attached frontend, if there is one, has only read.
+    pub fn give_back(&self, deadline: Instant) {
+        // It is replaced as a whole.
+        let give_back = self.give_back.lock();
+        give_back
+            .unwrap_or_else(PoisonError::into_inner)
+            .run(deadline);
     }
 
     fn region_fds(&self) -> Vec<BorrowedFd<'_>> {
@@ -93,10 +106,13 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
     if attached {
         offer.place.leave();
     }
-    if let Some(failure) = service.and_then(FaultService::stop) {
-        end = Err(failure);
-    }
-    if attached {
+    if let Some(service) = service {
+        let stopped = service.stop();
+        stopped.give_back();
+        stopped.report();
+        if let Some(failure) = stopped.into_failure() {
+            end = Err(failure);
+        }
         detach(offer);
         log::info!("frontend detached");
     }
@@ -186,6 +202,11 @@ impl Connection<'_> {
                     "frontend attached: {} mappings allowed",
                     fault_fd.mapping_limit
                 );
+                *self
+                    .offer
+                    .give_back
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = service.give_back();
                 self.service = Some(service);
                 Status::OK
             }
@@ -206,14 +227,23 @@ impl Connection<'_> {
             s.try_clone()
                 .map_err(|e| Error::io("duplicate a socket", e))
         };
-        FaultService::start(
-            Arc::clone(&self.offer.disk),
-            duplicate(self.codec.stream())?,
-            duplicate(channel)?,
-            (Uffd::from_peer(uffd)?, fault_fd),
-            self.offer.budgets,
-        )
+        let peer = Peer {
+            main: duplicate(self.codec.stream())?,
+            channel: duplicate(channel)?,
+            uffd: Uffd::from_peer(uffd)?,
+            fault_fd,
+            bounce: self.session.bounces(),
+            process: process_of(self.codec.stream()),
+        };
+        FaultService::start(Arc::clone(&self.offer.disk), peer, self.offer.budgets)
     }
+}
+
+/// The process that connected `stream`; 0 if it is in a namespace that is not visible from here.
+fn process_of(stream: &UnixStream) -> u32 {
+    let pid: Option<Pid> = socket_peercred(stream).ok().map(|c| c.pid);
+    let number = pid.map_or(0, |pid| pid.as_raw_nonzero().get());
+    u32::try_from(number).unwrap_or(0)
 }
 
 /// The codec has checked that there is exactly one.

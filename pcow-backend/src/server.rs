@@ -17,6 +17,9 @@ use crate::signals::Signals;
 /// Connections at a time: one frontend, and others that find that out.
 const MAX_CONNECTIONS: usize = 16;
 
+/// How long a clean end may take to give back what a guest has only read. What remains stays data.
+const GIVE_BACK: Duration = Duration::from_secs(60);
+
 /// A running connection.
 #[derive(Debug)]
 struct Running {
@@ -136,6 +139,7 @@ impl Server {
 
     /// Ends all sessions, then makes everything durable.
     fn finish(&self) -> Result<(), Failure> {
+        self.offer.give_back(Instant::now() + GIVE_BACK);
         for running in self.lock().drain(..) {
             // It may have ended by itself.
             let _ = running.stream.shutdown(std::net::Shutdown::Both);

@@ -92,6 +92,9 @@ impl Backend {
         let mut next = || numbers.next().unwrap();
         SessionCounts {
             faults: next(),
+            loads: next(),
+            stores: next(),
+            unknown: next(),
             maps: next(),
             unmaps: next(),
             read_copies: next(),
@@ -134,6 +137,12 @@ impl Backend {
 pub struct SessionCounts {
     /// Fault events.
     pub faults: u64,
+    /// Of those, the ones that are loads.
+    pub loads: u64,
+    /// The ones that are stores.
+    pub stores: u64,
+    /// The ones that may be either.
+    pub unknown: u64,
     /// MAPs.
     pub maps: u64,
     /// UNMAPs.

@@ -41,6 +41,19 @@ impl Memory {
         self.word(offset).store(value, Ordering::Relaxed);
     }
 
+    /// Touches the word at `offset` as a store does and changes nothing: a processor's compare-and-exchange asks for write
+    /// access also where the comparison fails, as it must for all but this one value.
+    ///
+    /// # Panics
+    /// As [`Memory::load`].
+    pub fn ask_for_write_access(&self, offset: u64) {
+        const NEVER: u64 = 0xdead_0000_0000_0001;
+        let result =
+            self.word(offset)
+                .compare_exchange(NEVER, NEVER, Ordering::Relaxed, Ordering::Relaxed);
+        assert!(result.is_err());
+    }
+
     /// Copies `bytes` bytes at `offset` out, a word at a time.
     pub fn read(&self, offset: u64, bytes: u64) -> Vec<u8> {
         (offset..offset + bytes)

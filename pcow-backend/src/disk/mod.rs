@@ -2,6 +2,7 @@
 //! What is served: an image for writing, or one for reading only, behind one interface in bytes of the disk.
 //! Knows the image, not the frontend.
 
+mod maybe_clean;
 mod read_only;
 mod writable;
 
@@ -42,6 +43,8 @@ pub enum Answer {
         bytes: Range<u64>,
         /// The file.
         file: FileKey,
+        /// Whether they became data for this fault.
+        fresh: bool,
     },
     /// Install a read copy of these bytes.
     Copy(Range<u64>),
@@ -103,6 +106,18 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// `Io`; only space is lost then.
     fn give_back(&self) -> Result<()>;
+    /// Notes that `bytes` became data for what may have been a load.
+    fn note_maybe_clean(&self, bytes: &Range<u64>);
+    /// Takes out a piece, of at most 2 MiB, of what was noted so.
+    fn take_maybe_clean(&self) -> Option<Range<u64>>;
+    /// How many bytes are noted so.
+    fn maybe_clean_bytes(&self) -> u64;
+    /// Makes those clusters of `bytes` absent again that hold what they cover, and gives their storage back; returns how
+    /// many bytes that were. The caller has claimed `bytes`, and nobody has them mapped.
+    ///
+    /// # Errors
+    /// `Io`; clusters that were not reached are still data.
+    fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64>;
     /// Makes everything stored so far durable.
     ///
     /// # Errors

@@ -108,7 +108,11 @@ impl Disk for ReadOnlyDisk {
             let end = bytes.end.min(self.mappable_bytes(file));
             if offset < end {
                 let bytes = claim.extend(start..end);
-                return Ok(Answer::Map { bytes, file });
+                return Ok(Answer::Map {
+                    bytes,
+                    file,
+                    fresh: false,
+                });
             }
             start = start.max(end);
         }
@@ -142,6 +146,20 @@ impl Disk for ReadOnlyDisk {
 
     fn give_back(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn note_maybe_clean(&self, _: &Range<u64>) {}
+
+    fn take_maybe_clean(&self) -> Option<Range<u64>> {
+        None
+    }
+
+    fn maybe_clean_bytes(&self) -> u64 {
+        0
+    }
+
+    fn give_back_clean(&self, _: Range<u64>) -> Result<u64> {
+        Ok(0)
     }
 
     fn flush(&self) -> Result<()> {

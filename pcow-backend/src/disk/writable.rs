@@ -2,10 +2,12 @@
 //! An image held for writing, as the fault service sees it.
 
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pcow_format::medium::{Domain, File};
 use pcow_format::{Cluster, ClusterRange, ClusterSize, Image, Result, Source};
 
+use super::maybe_clean::MaybeClean;
 use super::{Access, Answer, Disk, FileKey, Scratch};
 use crate::service::board::Claim;
 
@@ -18,16 +20,23 @@ const RUN_CLUSTERS: u64 = 2048;
 /// Storage of existing data is looked after in pieces of this size: giving shared blocks an own copy takes time.
 const STORAGE_BYTES: u64 = 2 << 20;
 
+/// Clusters that hold what they cover are looked for in pieces of this size.
+const CLEAN_BYTES: u64 = 2 << 20;
+
 /// The image.
 #[derive(Debug)]
 pub struct WritableDisk {
     image: Image,
+    maybe_clean: Mutex<MaybeClean>,
 }
 
 impl WritableDisk {
     /// Serves `image`.
     pub fn new(image: Image) -> Self {
-        Self { image }
+        Self {
+            image,
+            maybe_clean: Mutex::default(),
+        }
     }
 
     fn cluster_size(&self) -> ClusterSize {
@@ -58,7 +67,7 @@ impl WritableDisk {
             run = ClusterRange::new(run.start.max(block.start), run.end.min(block.end));
             self.image.active().ensure_storage(run)?;
         }
-        Ok(self.mapping(run))
+        Ok(self.mapping(run, false))
     }
 
     fn block_around(&self, cluster: Cluster) -> ClusterRange {
@@ -100,14 +109,22 @@ impl WritableDisk {
             cluster.only()
         };
         self.image.make_writable(run, &mut scratch.layer)?;
-        Ok(self.mapping(run))
+        Ok(self.mapping(run, true))
     }
 
-    fn mapping(&self, run: ClusterRange) -> Answer {
+    fn mapping(&self, run: ClusterRange, fresh: bool) -> Answer {
         Answer::Map {
             bytes: self.cluster_size().byte_range(run),
             file: FileKey::Active,
+            fresh,
         }
+    }
+
+    fn maybe_clean(&self) -> MutexGuard<'_, MaybeClean> {
+        // The runs are a hint: any value of them is valid.
+        self.maybe_clean
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -187,6 +204,24 @@ impl Disk for WritableDisk {
 
     fn give_back(&self) -> Result<()> {
         self.image.active().give_back_prepared()
+    }
+
+    fn note_maybe_clean(&self, bytes: &Range<u64>) {
+        self.maybe_clean().insert(bytes);
+    }
+
+    fn take_maybe_clean(&self) -> Option<Range<u64>> {
+        self.maybe_clean().take(CLEAN_BYTES)
+    }
+
+    fn maybe_clean_bytes(&self) -> u64 {
+        self.maybe_clean().bytes()
+    }
+
+    fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64> {
+        let run = self.cluster_size().covering(&bytes);
+        let clusters = self.image.give_back_clean(run)?;
+        Ok(clusters << self.cluster_size().bits())
     }
 
     fn flush(&self) -> Result<()> {

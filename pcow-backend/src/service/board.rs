@@ -12,7 +12,34 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::disk::Access;
+/// What is known of a touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touch {
+    /// A load.
+    Load,
+    /// A kernel worker asks for write access on behalf of a vCPU that may only want to load.
+    Unknown {
+        /// The worker's thread.
+        worker: u32,
+        /// The page is there, write-protected.
+        present: bool,
+    },
+    /// A store, or what is taken for one.
+    Store {
+        /// Whether it is one.
+        sure: bool,
+    },
+}
+
+impl Touch {
+    fn rank(self) -> u8 {
+        match self {
+            Self::Load => 0,
+            Self::Unknown { .. } => 1,
+            Self::Store { .. } => 2,
+        }
+    }
+}
 
 /// A fault to be resolved: a byte offset of the disk, and what is wanted there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +47,7 @@ pub struct Fault {
     /// Where.
     pub offset: u64,
     /// What for.
-    pub access: Access,
+    pub touch: Touch,
 }
 
 /// What a thread of the crew does next.
@@ -72,7 +99,8 @@ impl Board {
         })
     }
 
-    /// Parks a fault. One that is parked already stays where it is; a store outweighs a load.
+    /// Parks a fault. One that is parked already stays where it is; a store outweighs a
+    /// touch of unknown direction, and that a load.
     pub fn post(&self, fault: Fault) {
         self.lock()
             .post(fault.offset / self.unit, fault, Place::Queued);
@@ -187,7 +215,9 @@ impl State {
     fn post(&mut self, unit: u64, fault: Fault, place: Place) {
         if let Some((parked, _)) = self.parked.get_mut(&unit) {
             // The kernel repeats the events of one wait (F3).
-            parked.access = parked.access.max(fault.access);
+            if fault.touch.rank() > parked.touch.rank() {
+                *parked = fault;
+            }
             return;
         }
         self.parked.insert(unit, (fault, place));
@@ -281,13 +311,14 @@ mod tests {
     use super::*;
 
     const UNIT: u64 = 4096;
+    const STORE: Touch = Touch::Store { sure: true };
 
     fn scope(offset: u64) -> Range<u64> {
         offset / UNIT * UNIT..(offset / UNIT + 1) * UNIT
     }
 
-    fn fault(offset: u64, access: Access) -> Fault {
-        Fault { offset, access }
+    fn fault(offset: u64, touch: Touch) -> Fault {
+        Fault { offset, touch }
     }
 
     fn resolve(board: &Arc<Board>) -> (Fault, Claim) {
@@ -302,11 +333,16 @@ mod tests {
         let board = Board::new(UNIT);
         assert!(matches!(board.next_duty(&scope), Duty::Lead));
         for _ in 0..1000 {
-            board.post(fault(5, Access::Read));
+            board.post(fault(5, Touch::Load));
         }
-        board.post(fault(9, Access::Write));
+        let unknown = Touch::Unknown {
+            worker: 1,
+            present: false,
+        };
+        board.post(fault(9, STORE));
+        board.post(fault(7, unknown));
         let (taken, _claim) = resolve(&board);
-        assert_eq!(taken.access, Access::Write);
+        assert_eq!((taken.offset, taken.touch), (9, STORE));
         assert!(board.lock().queue.is_empty() && board.lock().parked.is_empty());
     }
 
@@ -314,10 +350,10 @@ mod tests {
     fn no_place_has_two_resolvers_and_the_second_comes_after_the_first() {
         let board = Board::new(UNIT);
         assert!(matches!(board.next_duty(&scope), Duty::Lead));
-        board.post(fault(0, Access::Read));
+        board.post(fault(0, Touch::Load));
         let (_, claim) = resolve(&board);
-        board.post(fault(1, Access::Write));
-        board.post(fault(UNIT, Access::Read));
+        board.post(fault(1, STORE));
+        board.post(fault(UNIT, Touch::Load));
         let (other, _other_claim) = resolve(&board);
         assert_eq!(other.offset, UNIT, "the claimed place is passed over");
         drop(claim);
@@ -340,7 +376,7 @@ mod tests {
     fn the_leader_resolves_only_when_somebody_else_can_lead() {
         let board = Board::new(UNIT);
         assert!(matches!(board.next_duty(&scope), Duty::Lead));
-        board.post(fault(0, Access::Read));
+        board.post(fault(0, Touch::Load));
         assert!(board.relieve(&scope).is_none(), "nobody is idle");
         let other = Arc::clone(&board);
         let (taken, _claim) = resolve(&board);
@@ -349,7 +385,7 @@ mod tests {
         while board.lock().idle == 0 {
             std::thread::yield_now();
         }
-        board.post(fault(UNIT, Access::Read));
+        board.post(fault(UNIT, Touch::Load));
         assert_eq!(board.relieve(&scope).unwrap().0.offset, UNIT);
         assert!(idle.join().unwrap());
     }
@@ -359,15 +395,15 @@ mod tests {
         let board = Board::new(UNIT);
         assert!(matches!(board.next_duty(&scope), Duty::Lead));
         assert!(
-            board.stall(fault(0, Access::Write)),
+            board.stall(fault(0, STORE)),
             "the first one is worth a message"
         );
-        board.post(fault(0, Access::Read));
+        board.post(fault(0, Touch::Load));
         assert_eq!((board.stalled(), board.lock().queue.len()), (1, 0));
         board.retry_stalled();
         assert_eq!(board.stalled(), 0);
         let (again, claim) = resolve(&board);
-        assert_eq!(again.access, Access::Write);
+        assert_eq!(again.touch, STORE);
         drop(claim);
         board.retry_stalled();
         assert!(!board.stall(again), "not news any more");

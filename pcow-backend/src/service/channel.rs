@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pcow_format::medium::Domain;
 use pcow_protocol::codec::{Outbox, Sent};
@@ -17,6 +18,7 @@ use pcow_protocol::wire::{REGISTER_SYNC, REGISTER_WRITABLE, Register};
 use pcow_protocol::{Error, ErrorKind, Result};
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::bounces::PAGE_BYTES;
 use super::mappings::Mappings;
 use crate::disk::{Disk, FileKey};
 
@@ -33,6 +35,8 @@ pub enum Asked {
     Unmapped,
     /// A read copy was evicted.
     Evicted,
+    /// The moment of the page at this offset was opened.
+    Bounced(u64),
 }
 
 #[derive(Debug)]
@@ -42,6 +46,9 @@ struct Notes {
     slots: VecDeque<(u8, FileKey)>,
     /// MAPs that the frontend has not confirmed yet.
     unconfirmed: Vec<Range<u64>>,
+    /// How many UNMAPs were sent, and how many of them confirmed, in this order.
+    unmaps: (u64, u64),
+    over: bool,
 }
 
 /// The sending side of one session's backend channel.
@@ -49,6 +56,7 @@ struct Notes {
 pub struct Channel {
     outbox: Outbox<Asked>,
     notes: Mutex<Notes>,
+    unmapped: Condvar,
     kick: std::os::fd::OwnedFd,
 }
 
@@ -66,7 +74,10 @@ impl Channel {
                 mappings: Mappings::new(mapping_limit),
                 slots: VecDeque::new(),
                 unconfirmed: Vec::new(),
+                unmaps: (0, 0),
+                over: false,
             }),
+            unmapped: Condvar::new(),
             kick,
         })
     }
@@ -158,12 +169,63 @@ impl Channel {
     /// The session is over.
     pub fn unmap(&self, bytes: &Range<u64>) -> Result<()> {
         let mut notes = self.notes();
+        self.order_unmap(&mut notes, bytes)
+    }
+
+    fn order_unmap(&self, notes: &mut Notes, bytes: &Range<u64>) -> Result<()> {
         notes.mappings.remove(bytes);
+        notes.unmaps.0 += 1;
+        let request = BackendRequest::Unmap(region_range(bytes));
+        self.send(&request, None, Asked::Unmapped)
+    }
+
+    /// As [`Channel::unmap`], and waits until the frontend has confirmed it; false if it did not in time, or the session
+    /// is over.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn unmap_and_wait(&self, bytes: &Range<u64>, patience: Duration) -> Result<bool> {
+        let mut notes = self.notes();
+        self.order_unmap(&mut notes, bytes)?;
+        let mine = notes.unmaps.0;
+        // Answers come in the order of the requests.
+        let waited = self
+            .unmapped
+            .wait_timeout_while(notes, patience, |n| n.unmaps.1 < mine && !n.over);
+        let (notes, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        Ok(notes.unmaps.1 >= mine)
+    }
+
+    /// The session is over: nobody waits any longer.
+    pub fn end(&self) {
+        self.notes().over = true;
+        self.unmapped.notify_all();
+        self.kick();
+    }
+
+    /// Orders a moment of the page at `offset`.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn bounce(&self, offset: u64) -> Result<()> {
+        let page = page_at(offset);
         self.send(
-            &BackendRequest::Unmap(region_range(bytes)),
+            &BackendRequest::Bounce(page),
             None,
-            Asked::Unmapped,
+            Asked::Bounced(page.offset),
         )
+    }
+
+    /// Orders the end of that moment.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn end_bounce(&self, offset: u64) -> Result<()> {
+        let request = BackendRequest::BounceEnd(page_at(offset));
+        if self.outbox.send(&request, None, None)? == Sent::Later {
+            self.kick();
+        }
+        Ok(())
     }
 
     /// Orders the read copies in `bytes`, which the caller has claimed, to be given up.
@@ -194,6 +256,10 @@ impl Channel {
     /// It answers nothing: the session is over.
     pub fn answered(&self, reply: &BackendReply) -> Result<Asked> {
         let asked = self.outbox.answered(reply)?;
+        if asked == Asked::Unmapped {
+            self.notes().unmaps.1 += 1;
+            self.unmapped.notify_all();
+        }
         if let Asked::Mapped(bytes) = &asked {
             let mut notes = self.notes();
             // Answers come in the order of the requests.
@@ -281,6 +347,13 @@ pub enum Mapped {
     Ordered,
     /// Yes.
     Yes,
+}
+
+fn page_at(offset: u64) -> RegionRange {
+    RegionRange {
+        offset: offset / PAGE_BYTES * PAGE_BYTES,
+        len: PAGE_BYTES,
+    }
 }
 
 fn region_range(bytes: &Range<u64>) -> RegionRange {

@@ -13,10 +13,11 @@ use pcow_protocol::{Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::board::{Claim, Fault};
+use super::board::{Claim, Fault, Touch};
 use super::channel::Asked;
+use super::origin::Origin;
 use super::{Counters, Shared};
-use crate::disk::{Access, FileKey};
+use crate::disk::FileKey;
 
 /// How often a fault that could not be resolved is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -173,32 +174,60 @@ impl Leader {
         let s = &self.shared;
         // A REMAP event is done with by reading it: its mover goes on.
         let Event::Fault {
-            address, write, wp, ..
+            address,
+            write,
+            wp,
+            thread,
         } = event
         else {
             return;
         };
-        Counters::add(&s.counters.faults);
         let offset = address.wrapping_sub(s.base);
         if offset >= s.disk.size() {
             // Another range of the peer's process; nobody promised to serve it.
             log::debug!("fault at {address:#x} outside of the region");
             return;
         }
-        let access = if write || wp {
-            Access::Write
+        let touch = if (write || wp) && !s.disk.read_only() {
+            self.writer(thread, wp)
         } else {
-            Access::Read
+            Touch::Load
         };
-        log::trace!("fault at {offset:#x}: {access:?}");
-        s.board.post(Fault { offset, access });
+        s.counters.add_fault(touch);
+        log::trace!("fault at {offset:#x} by thread {thread}: {touch:?}");
+        s.board.post(Fault { offset, touch });
+    }
+
+    /// What a request for write access by `thread` means. Reads of /proc do not wait for the frontend's memory (F4).
+    fn writer(&self, thread: u32, present: bool) -> Touch {
+        let s = &self.shared;
+        match s.origins().of(thread) {
+            Origin::Storing => Touch::Store { sure: true },
+            Origin::Worker if s.may_bounce => {
+                s.tell_how_loads_are_known("loads are told from stores by BOUNCE");
+                Touch::Unknown {
+                    worker: thread,
+                    present,
+                }
+            }
+            Origin::Worker | Origin::Unclear => {
+                s.tell_how_loads_are_known(
+                    "the frontend has no BOUNCE, so loads copy and allocate, too; what is only read is given back at the \
+                     end. Exact without it: QEMU's -overcommit cpu-pm=on -cpu host,kvm-asyncpf=off,kvm-asyncpf-int=off",
+                );
+                Touch::Store { sure: false }
+            }
+        }
     }
 
     fn answer(&self, reply: &BackendReply) -> Result<()> {
         let s = &self.shared;
         let asked = s.channel.answered(reply)?;
         match (&asked, reply.status.errno()) {
-            (Asked::Mapped(bytes), None) => s.copies.forget(bytes),
+            (Asked::Mapped(bytes), None) => {
+                s.copies.forget(bytes);
+                s.bounces.forget(bytes);
+            }
             (Asked::Mapped(_), Some(libc::ENOMEM)) => {
                 log::warn!("the frontend has no mappings left; using fewer from now on");
             }
@@ -211,8 +240,20 @@ impl Leader {
                     return Err(Error::refused("evict a read copy", errno));
                 }
             }
-            (Asked::Slot | Asked::Unmapped, None) => {}
+            (Asked::Bounced(offset), Some(libc::EBUSY)) => self.bounce_refused(*offset),
+            (Asked::Bounced(_), Some(errno)) => return Err(Error::refused("bounce a page", errno)),
+            (Asked::Slot | Asked::Unmapped | Asked::Bounced(_), None) => {}
         }
         Ok(())
+    }
+
+    /// System calls of the frontend's would have failed in the moment. The worker still waits: what it wants is taken for
+    /// a store.
+    fn bounce_refused(&self, offset: u64) {
+        let s = &self.shared;
+        s.bounces.refused(offset);
+        Counters::add(&s.counters.on_touch);
+        let touch = Touch::Store { sure: false };
+        s.board.post(Fault { offset, touch });
     }
 }

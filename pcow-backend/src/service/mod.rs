@@ -10,31 +10,41 @@
 //! ```
 
 pub mod board;
+mod bounces;
 mod channel;
 mod leader;
 mod mappings;
+mod origin;
 mod preparer;
 mod read_copies;
+mod reclaim;
 mod resolver;
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::FaultFd;
-use pcow_protocol::{Error, Result};
+use pcow_protocol::{Error, ErrorKind, Result};
 
 use crate::disk::{Disk, FileKey};
-use board::Board;
+use board::{Board, Touch};
+use bounces::Bounces;
 use channel::Channel;
 use leader::Leader;
+use origin::Origins;
 use preparer::Preparer;
 use read_copies::ReadCopies;
+use reclaim::Reclaimer;
 
 /// Threads that read and resolve. One leads, the others may all wait for a disk.
 const CREW: usize = 4;
+
+/// How long the address space of a frontend that has gone may still be there.
+const ORPHANED: Duration = Duration::from_secs(2);
 
 /// Limits that the operator sets.
 #[derive(Debug, Clone, Copy)]
@@ -48,8 +58,20 @@ pub struct Budgets {
 /// How often things happened since the session began.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Fault events read.
-    pub faults: AtomicU64,
+    /// Fault events that are loads.
+    pub loads: AtomicU64,
+    /// Fault events that are stores.
+    pub stores: AtomicU64,
+    /// Fault events that ask for write access and may be loads.
+    pub unknown: AtomicU64,
+    /// Of those, the ones that were bounced.
+    pub bounced: AtomicU64,
+    /// The ones that came again after a bounce, and were served as stores.
+    pub second: AtomicU64,
+    /// The ones that were served as stores at once.
+    pub on_touch: AtomicU64,
+    /// Bytes that were only read and were given back.
+    pub given_back: AtomicU64,
     /// MAPs sent.
     pub maps: AtomicU64,
     /// Read copies made.
@@ -65,6 +87,17 @@ impl Counters {
         // Only ever read for display.
         counter.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn add_fault(&self, touch: Touch) {
+        Self::add(match touch {
+            Touch::Load => &self.loads,
+            Touch::Store { sure: true } => &self.stores,
+            Touch::Store { sure: false } | Touch::Unknown { .. } => &self.unknown,
+        });
+        if touch == (Touch::Store { sure: false }) {
+            Self::add(&self.on_touch);
+        }
+    }
 }
 
 /// What the threads of one session share.
@@ -76,7 +109,13 @@ struct Shared {
     board: Arc<Board>,
     channel: Channel,
     copies: ReadCopies,
+    bounces: Bounces,
+    /// Whether the frontend carries out BOUNCE.
+    may_bounce: bool,
+    origins: Mutex<Origins>,
+    told: Once,
     counters: Counters,
+    reclaimer: Reclaimer,
     preparer: Preparer,
     /// Why the session ended, if not by the frontend's own wish.
     failure: OnceLock<Error>,
@@ -92,11 +131,42 @@ impl Shared {
             let _ = self.failure.set(failure);
         }
         self.board.stop();
-        self.channel.kick();
+        self.channel.end();
         self.preparer.stop();
+        self.bounces.stop();
+        self.reclaimer.stop();
         // It may be closed already, which is the wanted state.
         let _ = self.main.shutdown(std::net::Shutdown::Both);
     }
+
+    fn origins(&self) -> MutexGuard<'_, Origins> {
+        // A panic inside leaves an incomplete list at worst, which is listed again.
+        self.origins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says once what becomes of requests for write access that may be loads.
+    fn tell_how_loads_are_known(&self, how: &str) {
+        self.told.call_once(|| {
+            log::info!("KVM's workers ask for write access even for a load: {how}");
+        });
+    }
+}
+
+/// The frontend that is to be served, as it presented itself.
+#[derive(Debug)]
+pub struct Peer {
+    /// The main channel.
+    pub main: UnixStream,
+    /// The backend channel.
+    pub channel: UnixStream,
+    /// Its userfaultfd.
+    pub uffd: Uffd,
+    /// Its region.
+    pub fault_fd: FaultFd,
+    /// Whether it carries out BOUNCE.
+    pub bounce: bool,
+    /// The process that connected; 0 if it is in a namespace that is not visible from here.
+    pub process: u32,
 }
 
 /// A running fault service. Dropping it ends the session and gives the userfaultfd back.
@@ -107,32 +177,30 @@ pub struct FaultService {
 }
 
 impl FaultService {
-    /// Starts to serve `disk` to the frontend behind `main` and `channel`, whose region `fault_fd` describes.
+    /// Starts to serve `disk` to `peer`.
     ///
     /// # Errors
     /// The frontend refused the disk's file, or there is no thread or descriptor left.
-    pub fn start(
-        disk: Arc<dyn Disk>,
-        main: UnixStream,
-        channel: UnixStream,
-        (uffd, fault_fd): (Uffd, FaultFd),
-        budgets: Budgets,
-    ) -> Result<Self> {
-        let limit = budgets
-            .mappings
-            .map_or(fault_fd.mapping_limit, |m| m.min(fault_fd.mapping_limit));
+    pub fn start(disk: Arc<dyn Disk>, peer: Peer, budgets: Budgets) -> Result<Self> {
+        let allowed = peer.fault_fd.mapping_limit;
+        let limit = budgets.mappings.map_or(allowed, |m| m.min(allowed));
         let board = Board::new(disk.unit());
         let shared = Arc::new(Shared {
-            base: fault_fd.base,
-            channel: Channel::new(channel, limit)?,
+            base: peer.fault_fd.base,
+            channel: Channel::new(peer.channel, limit)?,
             copies: ReadCopies::new(disk.unit(), budgets.cache_bytes),
+            bounces: Bounces::new(disk.unit()),
+            may_bounce: peer.bounce,
+            origins: Mutex::new(Origins::new(peer.process)),
+            told: Once::new(),
             preparer: Preparer::new(Arc::clone(&board), Arc::clone(&disk)),
+            reclaimer: Reclaimer::default(),
             board,
-            uffd,
+            uffd: peer.uffd,
             disk,
             counters: Counters::default(),
             failure: OnceLock::new(),
-            main,
+            main: peer.main,
         });
         let leader = Leader::new(Arc::clone(&shared))?;
         if !shared.disk.read_only() {
@@ -155,7 +223,20 @@ impl FaultService {
             })?;
         }
         let shared = Arc::clone(&self.shared);
-        self.spawn("prepare".into(), move || shared.preparer.work())
+        self.spawn("prepare".into(), move || shared.preparer.work())?;
+        let shared = Arc::clone(&self.shared);
+        self.spawn("give-back".into(), move || reclaim::work(&shared))?;
+        if !self.shared.may_bounce {
+            return Ok(());
+        }
+        let shared = Arc::clone(&self.shared);
+        self.spawn("bounce".into(), move || {
+            shared.bounces.work(|page| {
+                if let Err(e) = shared.channel.end_bounce(page) {
+                    shared.end((e.kind() != ErrorKind::Closed).then_some(e));
+                }
+            });
+        })
     }
 
     fn spawn(&mut self, name: String, work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -167,22 +248,15 @@ impl FaultService {
         Ok(())
     }
 
-    /// Ends the service and waits for its threads; says why it ended, if it was not the frontend's own wish.
-    pub fn stop(mut self) -> Option<Error> {
+    /// A way to give back what was only read, for as long as the service runs.
+    pub fn give_back(&self) -> GiveBack {
+        GiveBack(Arc::downgrade(&self.shared))
+    }
+
+    /// Ends the service and waits for its threads.
+    pub fn stop(mut self) -> Stopped {
         self.finish();
-        let c = &self.shared.counters;
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        log::info!(
-            "session over: {} faults, {} maps, {} unmaps, {} read copies, {} evictions; {} runs mapped and {} KiB copied at the end",
-            of(&c.faults),
-            of(&c.maps),
-            of(&c.unmaps),
-            of(&c.copies),
-            of(&c.evictions),
-            self.shared.channel.run_count(),
-            self.shared.copies.bytes() >> 10,
-        );
-        Arc::get_mut(&mut self.shared).and_then(|s| s.failure.take())
+        Stopped(Arc::clone(&self.shared))
     }
 
     fn finish(&mut self) {
@@ -191,6 +265,90 @@ impl FaultService {
             if thread.join().is_err() {
                 log::error!("a thread of the fault service panicked");
             }
+        }
+    }
+}
+
+/// A service that has ended.
+#[derive(Debug)]
+pub struct Stopped(Arc<Shared>);
+
+impl Stopped {
+    /// Gives back what was only read, if the frontend's address space is gone: mappings outlive a session, and a guest may
+    /// go on storing through them.
+    pub fn give_back(&self) {
+        if self.0.disk.maybe_clean_bytes() > 0 && self.is_orphaned() {
+            reclaim::give_back_unmapped(&self.0);
+        }
+    }
+
+    /// A process closes its sockets after it has left its address space, but others may keep that for a moment: a kernel
+    /// worker, or who reads its files in /proc.
+    fn is_orphaned(&self) -> bool {
+        let deadline = Instant::now() + ORPHANED;
+        loop {
+            let orphaned = self.0.uffd.is_orphaned(self.0.base, bounces::PAGE_BYTES);
+            match orphaned {
+                Ok(true) => return true,
+                Ok(false) if Instant::now() < deadline => std::thread::sleep(ORPHANED / 100),
+                Ok(false) => return false,
+                Err(e) => {
+                    log::warn!("{e}: nothing is given back");
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Logs what the session did.
+    pub fn report(&self) {
+        let c = &self.0.counters;
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        log::info!(
+            "session over: {} faults ({} reads, {} stores, {} of unknown direction), {} maps, {} unmaps, {} read copies, \
+             {} evictions; {} runs mapped and {} KiB copied at the end",
+            of(&c.loads) + of(&c.stores) + of(&c.unknown),
+            of(&c.loads),
+            of(&c.stores),
+            of(&c.unknown),
+            of(&c.maps),
+            of(&c.unmaps),
+            of(&c.copies),
+            of(&c.evictions),
+            self.0.channel.run_count(),
+            self.0.copies.bytes() >> 10,
+        );
+        if of(&c.unknown) > 0 {
+            log::info!(
+                "unknown direction: {} bounced, {} taken for stores after a bounce, {} copied on touch; {} KiB maybe clean, \
+                 {} KiB given back",
+                of(&c.bounced),
+                of(&c.second),
+                of(&c.on_touch),
+                self.0.disk.maybe_clean_bytes() >> 10,
+                of(&c.given_back) >> 10,
+            );
+        }
+    }
+
+    /// Why the session ended, if not by the frontend's own wish.
+    pub fn into_failure(self) -> Option<Error> {
+        Arc::into_inner(self.0).and_then(|shared| shared.failure.into_inner())
+    }
+}
+
+/// See [`FaultService::give_back`].
+#[derive(Debug, Default)]
+pub struct GiveBack(Weak<Shared>);
+
+impl GiveBack {
+    /// Gives back what was only read, until `deadline`.
+    pub fn run(&self, deadline: Instant) {
+        let Some(shared) = self.0.upgrade() else {
+            return;
+        };
+        if let Err(e) = reclaim::give_back_mapped(&shared, deadline) {
+            log::warn!("cannot give back what was only read: {e}");
         }
     }
 }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use pcow_protocol::uffd::{CopyMode, CopyOutcome};
 use pcow_protocol::{Error, ErrorKind, Result};
 
-use super::board::{Claim, Duty, Fault};
+use super::board::{Claim, Duty, Fault, Touch};
+use super::bounces::PAGE_BYTES;
 use super::channel::Mapped;
 use super::leader::Leader;
 use super::{Counters, Shared};
 use crate::disk::{Access, Answer, FileKey, Scratch};
 
-const PAGE_BYTES: usize = 4096;
 /// How many runs may be found busy before the budget is overdrawn by one.
 const MAX_BUSY_VICTIMS: usize = 8;
 /// About as long as a frontend needs to move a piece of trap.
@@ -58,14 +58,17 @@ impl Resolver<'_> {
             // The event is older than the mapping; a wake-up too many does no harm.
             Mapped::Yes => return self.wake(),
         }
-        let answer = s.disk.resolve(
-            self.fault.offset,
-            self.fault.access,
-            &mut self.claim,
-            scratch,
-        );
+        let access = self.access();
+        let answer = s
+            .disk
+            .resolve(self.fault.offset, access, &mut self.claim, scratch);
         match answer {
-            Ok(Answer::Map { bytes, file }) => self.map(&bytes, file),
+            Ok(Answer::Map { bytes, file, fresh }) => {
+                if fresh && self.fault.touch != (Touch::Store { sure: true }) {
+                    s.disk.note_maybe_clean(&bytes);
+                }
+                self.map(&bytes, file, access)
+            }
             Ok(Answer::Copy(bytes)) => self.copy(&bytes, scratch),
             Err(e) => {
                 self.stall(&e);
@@ -74,13 +77,28 @@ impl Resolver<'_> {
         }
     }
 
-    fn map(&mut self, bytes: &Range<u64>, file: FileKey) -> Result<()> {
+    /// What the fault is served as. The first request of a worker's for a page is bounced; the second one is a store.
+    fn access(&self) -> Access {
+        let s = self.shared;
+        match self.fault.touch {
+            Touch::Load => Access::Read,
+            Touch::Store { .. } => Access::Write,
+            // A page that is missing again has lost its read copy since.
+            Touch::Unknown { present, .. } if present && s.bounces.was_tried(self.fault.offset) => {
+                Counters::add(&s.counters.second);
+                Access::Write
+            }
+            Touch::Unknown { .. } => Access::Read,
+        }
+    }
+
+    fn map(&mut self, bytes: &Range<u64>, file: FileKey, access: Access) -> Result<()> {
         let s = self.shared;
         self.make_room_for_a_run()?;
         s.channel
             .map(s.disk.as_ref(), file, bytes, self.fault.offset)?;
         Counters::add(&s.counters.maps);
-        if self.fault.access == Access::Write {
+        if access == Access::Write {
             s.preparer.allocated(bytes);
         }
         self.resolved();
@@ -113,14 +131,38 @@ impl Resolver<'_> {
             self.stall(&e);
             return Ok(());
         }
-        if self.install(bytes.start, buf)? {
-            Counters::add(&s.counters.copies);
-            self.resolved();
-            self.wake_companions()
-        } else {
+        if !self.install(bytes.start, buf)? {
             s.copies.cancel(bytes.start);
-            Ok(())
+            return Ok(());
         }
+        Counters::add(&s.counters.copies);
+        self.resolved();
+        match self.fault.touch {
+            Touch::Unknown { worker, .. } => self.bounce(worker, bytes),
+            _ => self.wake_companions(),
+        }
+    }
+
+    /// Lets the worker's request for write access fail, so that its vCPU comes back by itself, and wakes everybody else
+    /// who waits in `bytes`.
+    fn bounce(&self, worker: u32, bytes: &Range<u64>) -> Result<()> {
+        let s = self.shared;
+        let page = self.fault.offset / PAGE_BYTES * PAGE_BYTES;
+        let after = page + PAGE_BYTES;
+        for others in [bytes.start..page, after..bytes.end] {
+            if !others.is_empty() {
+                s.uffd
+                    .wake(s.base + others.start, others.end - others.start)?;
+            }
+        }
+        let worker = s.origins().worker(worker);
+        let Some(worker) = worker else {
+            // It is gone, and so is what it waited for.
+            return s.uffd.wake(s.base + page, PAGE_BYTES);
+        };
+        Counters::add(&s.counters.bounced);
+        s.bounces.begin(page, worker);
+        s.channel.bounce(page)
     }
 
     /// Waits until there is room for the read copy; false if the session ends first.
@@ -141,6 +183,7 @@ impl Resolver<'_> {
         for victim in s.copies.victims() {
             if let Some(_claim) = s.board.try_claim(victim.clone()) {
                 s.channel.evict(&victim)?;
+                s.bounces.forget(&victim);
                 Counters::add(&s.counters.evictions);
             } else {
                 s.copies.stays(&victim);
@@ -154,7 +197,7 @@ impl Resolver<'_> {
         let s = self.shared;
         let mode = CopyMode {
             write_protect: !s.disk.read_only(),
-            dont_wake: false,
+            dont_wake: matches!(self.fault.touch, Touch::Unknown { .. }),
         };
         let mut done = 0;
         let mut skipped = false;
@@ -165,7 +208,7 @@ impl Resolver<'_> {
                 CopyOutcome::Partial(bytes) => done += usize_of(bytes),
                 // That page came with an earlier copy that was cut short; whoever waits for it is woken below.
                 CopyOutcome::Exists => {
-                    done += PAGE_BYTES;
+                    done += usize_of(PAGE_BYTES);
                     skipped = true;
                 }
                 // What was read may be stale by now (F3): the fault comes again with all its consequences, after the
@@ -190,7 +233,7 @@ impl Resolver<'_> {
                 return Ok(false);
             }
         }
-        if skipped {
+        if skipped && !mode.dont_wake {
             self.wake()?;
         }
         Ok(true)
@@ -224,6 +267,9 @@ impl Resolver<'_> {
                 "the guest waits at offset {:#x}: {error}{cause}{advice}",
                 self.fault.offset
             );
+        }
+        if error.kind() == pcow_format::ErrorKind::NoSpace {
+            s.reclaimer.request();
         }
         // The leader polls without a time limit unless it knows that something is stalled.
         s.channel.kick();

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who asks: a thread of the frontend's, whose faults say what they want, or one of the kernel's workers, whose do not.
+//!
+//! Under KVM on x86 a vCPU hands the wait for a missing page to a worker (an asynchronous page fault), and a worker
+//! always asks for write access. Only workers may be bounced: a system call of anybody else that stores would fail in
+//! the moment. Thread numbers come from the userfaultfd in the namespace of the thread that faulted.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Workers that are remembered.
+const MAX_WORKERS: usize = 256;
+/// How often the frontend's threads are listed at most, for numbers that are none of them.
+const LIST_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Where a request for write access comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A thread that stores.
+    Storing,
+    /// A kernel worker: it may be a load.
+    Worker,
+    /// Nobody can say: it may be a load, and must not be bounced.
+    Unclear,
+}
+
+/// A kernel worker as proc(5) shows it. The files stay those of this thread when its number is used again.
+#[derive(Debug)]
+pub(super) struct Worker {
+    stat: File,
+    schedstat: Option<File>,
+}
+
+impl Worker {
+    /// The thread with this number, if it is a kernel worker.
+    fn open(thread: u32) -> io::Result<Option<Self>> {
+        let stat = File::open(format!("/proc/{thread}/stat"))?;
+        let schedstat = File::open(format!("/proc/{thread}/schedstat")).ok();
+        let worker = Self { stat, schedstat };
+        let is_worker = worker.name()?.starts_with("kworker/");
+        Ok(is_worker.then_some(worker))
+    }
+
+    /// The second field of `stat`, in parentheses; for a worker: `kworker/` and what it works for.
+    fn name(&self) -> io::Result<String> {
+        let text = read(&self.stat)?;
+        let name = text.split_once('(').map_or("", |(_, rest)| rest);
+        Ok(name.to_owned())
+    }
+
+    /// How often it was given a processor; `None` if the kernel does not tell.
+    pub(super) fn runs(&self) -> Option<u64> {
+        let text = read(self.schedstat.as_ref()?).ok()?;
+        text.split_whitespace().nth(2)?.parse().ok()
+    }
+
+    /// Whether it is still the thread that it was.
+    fn exists(&self) -> bool {
+        read(&self.stat).is_ok()
+    }
+}
+
+fn read(file: &File) -> io::Result<String> {
+    let mut buf = [0; 512];
+    let len = file.read_at(&mut buf, 0)?;
+    Ok(String::from_utf8_lossy(&buf[..len]).into_owned())
+}
+
+/// Tells origins apart, for one session.
+#[derive(Debug)]
+pub(super) struct Origins {
+    /// The frontend's process; 0 if it is in a namespace that is not visible from here.
+    process: u32,
+    /// The frontend's own threads, by their numbers in its namespace.
+    own: HashSet<u32>,
+    /// Whether that is another namespace than ours: then a worker and a thread of the frontend's may have one number.
+    nested: bool,
+    listed: Option<Instant>,
+    workers: HashMap<u32, Arc<Worker>>,
+}
+
+impl Origins {
+    pub(super) fn new(process: u32) -> Self {
+        Self {
+            process,
+            own: HashSet::new(),
+            nested: false,
+            listed: None,
+            workers: HashMap::new(),
+        }
+    }
+
+    /// Who `thread` is.
+    pub(super) fn of(&mut self, thread: u32) -> Origin {
+        if !self.own.contains(&thread) {
+            if self.worker(thread).is_some() {
+                return Origin::Worker;
+            }
+            self.list_again();
+        }
+        match (self.own.contains(&thread), self.nested) {
+            (true, false) => Origin::Storing,
+            (true, true) => Origin::Unclear,
+            // Kernels before 6.4 serve vhost devices from kernel threads of this name, which copy in the direction that
+            // they need.
+            (false, _) if is_vhost(thread) => Origin::Storing,
+            (false, _) => Origin::Unclear,
+        }
+    }
+
+    /// The kernel worker with this number.
+    pub(super) fn worker(&mut self, thread: u32) -> Option<Arc<Worker>> {
+        if let Some(known) = self.workers.get(&thread) {
+            if known.exists() {
+                return Some(Arc::clone(known));
+            }
+            self.workers.remove(&thread);
+        }
+        let worker = Arc::new(Worker::open(thread).ok()??);
+        if self.workers.len() >= MAX_WORKERS {
+            self.workers.clear();
+        }
+        self.workers.insert(thread, Arc::clone(&worker));
+        Some(worker)
+    }
+
+    /// Lists the frontend's threads, unless that was done a moment ago.
+    fn list_again(&mut self) {
+        let now = Instant::now();
+        let recently = self.listed.is_some_and(|t| now - t < LIST_INTERVAL);
+        if self.process == 0 || recently {
+            return;
+        }
+        self.listed = Some(now);
+        self.own.clear();
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.process)) else {
+            return;
+        };
+        for thread in threads.map_while(Result::ok) {
+            // A thread that has just ended has no status, and faults no more.
+            if let Ok(status) = std::fs::read_to_string(thread.path().join("status")) {
+                self.note(&status);
+            }
+        }
+    }
+
+    /// `NSpid` of proc(5): the thread's number in each namespace, the innermost last.
+    fn note(&mut self, status: &str) {
+        let line = status.lines().find_map(|l| l.strip_prefix("NSpid:"));
+        let numbers: Vec<u32> = line
+            .unwrap_or_default()
+            .split_whitespace()
+            .filter_map(|n| n.parse().ok())
+            .collect();
+        self.nested |= numbers.len() > 1;
+        self.own.extend(numbers.last());
+    }
+}
+
+fn is_vhost(thread: u32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{thread}/comm"));
+    name.is_ok_and(|name| name.starts_with("vhost-"))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    fn some_worker_number() -> u32 {
+        let processes = std::fs::read_dir("/proc").unwrap().map_while(Result::ok);
+        let numbers = processes.filter_map(|p| p.file_name().to_str()?.parse().ok());
+        let mut workers = numbers.filter(|n| Worker::open(*n).is_ok_and(|w| w.is_some()));
+        workers.next().expect("every kernel has workers")
+    }
+
+    /// A worker of this machine's kernel.
+    pub fn some_worker() -> Arc<Worker> {
+        Arc::new(Worker::open(some_worker_number()).unwrap().unwrap())
+    }
+
+    #[test]
+    fn own_threads_store_workers_may_not_and_of_others_nothing_is_known() {
+        let mut origins = Origins::new(std::process::id());
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        assert_eq!(origins.of(u32::try_from(own).unwrap()), Origin::Storing);
+        let worker = some_worker_number();
+        assert_eq!(origins.of(worker), Origin::Worker);
+        assert!(origins.worker(worker).unwrap().runs().is_some());
+        assert_eq!(origins.of(1), Origin::Unclear, "init is no part of this");
+        assert_eq!(Origins::new(0).of(u32::MAX), Origin::Unclear);
+    }
+
+    #[test]
+    fn numbers_of_a_nested_namespace_say_nothing_for_sure() {
+        let mut origins = Origins::new(0);
+        origins.note("Name:\tqemu\nNSpid:\t4711\t7\n");
+        assert_eq!(origins.of(7), Origin::Unclear);
+        assert!(!origins.own.contains(&4711));
+    }
+}

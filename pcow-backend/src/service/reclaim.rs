@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Clusters that were copied or allocated for what may have been a load, given back where they hold what they cover.
+//!
+//! The order while a frontend has them mapped: they become trap again, the frontend has confirmed that, then they are
+//! compared, the word is durable, and last their storage goes (I3). A store before the trap is seen by the comparison, a
+//! store after it is a fault that waits for the claim.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pcow_protocol::Result;
+
+use super::{Counters, Shared};
+
+/// How long a frontend may take to confirm, and a resolver to leave the place.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: bool,
+    stopping: bool,
+}
+
+/// Wakes the thread that gives back when space runs low.
+#[derive(Debug, Default)]
+pub(super) struct Reclaimer {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Reclaimer {
+    /// Asks for all that can be given back.
+    pub(super) fn request(&self) {
+        self.lock().wanted = true;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// False when it is time to stop.
+    fn wait(&self) -> bool {
+        let mut state = self
+            .changed
+            .wait_while(self.lock(), |s| !s.wanted && !s.stopping)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.wanted = false;
+        !state.stopping
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Two flags are never half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The work of the thread: what stalled for want of space is tried again after each round.
+pub(super) fn work(shared: &Shared) {
+    while shared.reclaimer.wait() {
+        if shared.disk.maybe_clean_bytes() == 0 {
+            continue;
+        }
+        match give_back_mapped(shared, Instant::now() + 12 * PATIENCE) {
+            Ok(0) => {}
+            Ok(bytes) => {
+                log::info!("{} KiB given back that were only read", bytes >> 10);
+                shared.board.retry_stalled();
+            }
+            Err(e) => return shared.end(Some(e)),
+        }
+    }
+}
+
+/// Gives back what a frontend that is attached may have mapped, until `deadline`; returns how many bytes.
+///
+/// # Errors
+/// The session is over.
+pub(super) fn give_back_mapped(shared: &Shared, deadline: Instant) -> Result<u64> {
+    let mut given_back = 0;
+    let mut busy = Vec::new();
+    while let Some(bytes) = shared.disk.take_maybe_clean() {
+        let claim = shared.board.try_claim(bytes.clone());
+        if claim.is_none() || Instant::now() >= deadline {
+            busy.push(bytes);
+            if Instant::now() >= deadline {
+                break;
+            }
+            continue;
+        }
+        if !shared.channel.unmap_and_wait(&bytes, PATIENCE)? {
+            busy.push(bytes);
+            break;
+        }
+        Counters::add(&shared.counters.unmaps);
+        given_back += give_back(shared, bytes);
+    }
+    for bytes in busy {
+        shared.disk.note_maybe_clean(&bytes);
+    }
+    Ok(given_back)
+}
+
+/// Gives back after a frontend whose process is gone, and with it all that it had mapped; returns how many bytes.
+pub(super) fn give_back_unmapped(shared: &Shared) -> u64 {
+    std::iter::from_fn(|| shared.disk.take_maybe_clean())
+        .map(|bytes| give_back(shared, bytes))
+        .sum()
+}
+
+fn give_back(shared: &Shared, bytes: std::ops::Range<u64>) -> u64 {
+    let given_back = shared.disk.give_back_clean(bytes).unwrap_or_else(|e| {
+        log::warn!("cannot give back what was only read: {e}");
+        0
+    });
+    // Only ever read for display.
+    shared
+        .counters
+        .given_back
+        .fetch_add(given_back, Ordering::Relaxed);
+    given_back
+}
