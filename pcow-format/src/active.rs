@@ -208,8 +208,10 @@ impl Active {
         // Until the copy is whole, what is there is neither the old zeros nor the new bytes.
         self.ready().set(run, false);
         match self.domain {
-            // A whole-page write into the page cache reserves its blocks, or fails.
+            // A whole-page write into the page cache reserves its blocks, or fails. It must not take the last ones:
+            // a first store to storage that was reserved elsewhere would have none to split an extent with.
             Domain::PageCache => {
+                self.data.leave_room(&range).context(context)?;
                 let site = Site("active.fill.write");
                 self.data
                     .write_at(site, content, range.start)

@@ -16,6 +16,7 @@ use pcow_format::check::check;
 use pcow_format::{ClusterRange, Image, Stored};
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
+use pcow_tests::loop_mount::LoopMount;
 use pcow_tests::memory::Memory;
 use pcow_tests::scratch::{Scratch, store};
 use rustix::net::{
@@ -201,4 +202,21 @@ fn nothing_is_given_back_while_the_frontends_process_lives() {
 fn check_after_late_store(memory: &Memory) {
     assert_eq!(memory.load(CLUSTER + 8), 77);
     assert_eq!(memory.load(2 * CLUSTER + 8), BASE);
+}
+/// Only a quarter of what is read fits on the disk.
+#[test]
+fn a_guest_that_reads_more_than_there_is_space_for_goes_on_by_itself() {
+    let mount = LoopMount::ext4(192);
+    let scratch = Scratch::below(&mount.path());
+    let image = clone(&scratch);
+    let _ballast = mount.fill_up_to("ballast", 16 * MIB);
+    let mut backend = Backend::start(&image, &[]);
+    let frontend = attach(&backend);
+    let memory = Memory::new(frontend.region());
+    touch_all(&memory);
+    check_all(&memory);
+    backend.wait_for_log("given back that were only read");
+    assert!(backend.terminate().success());
+    drop((memory, frontend));
+    assert_eq!(data_clusters(&image), stored());
 }

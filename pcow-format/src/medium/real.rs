@@ -202,29 +202,6 @@ impl RealFile {
         Ok(self.words.get_or_init(|| mapping))
     }
 
-    /// Refuses to take the filesystem's last blocks. Storage that is reserved is not yet written: the first store to a
-    /// page of it may split an extent, and a filesystem without a block for that ends the guest with SIGBUS.
-    ///
-    /// A range that holds something may already have all its blocks, and must not wait for space that it does not need:
-    /// half of the reserve is for such.
-    fn leave_reserve(&self, range: &Range<u64>) -> io::Result<()> {
-        let fs = rustix::fs::fstatvfs(&self.file)?;
-        let size = fs.f_blocks.saturating_mul(fs.f_frsize);
-        let reserve = (size / 128).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES);
-        let free = fs.f_bavail.saturating_mul(fs.f_frsize);
-        // A filesystem that tells no size (an unlimited tmpfs) has no last block.
-        if size == 0 || free >= reserve.saturating_add(range.end - range.start) {
-            return Ok(());
-        }
-        let is_hole = self
-            .next_data(range.start)?
-            .is_none_or(|d| d.start >= range.end);
-        if is_hole || free < reserve / 2 {
-            return Err(Errno::NOSPC.into());
-        }
-        Ok(())
-    }
-
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> rustix::io::Result<()> {
         let length = range.end - range.start;
         loop {
@@ -294,8 +271,31 @@ impl File for RealFile {
         self.file.set_len(len)
     }
 
+    /// Storage that is reserved is not yet written: the first store to a
+    /// page of it may split an extent, and a filesystem without a block for that ends the guest with SIGBUS.
+    ///
+    /// A range that holds something may already have all its blocks, and must not wait for space that it does not need:
+    /// half of the reserve is for such.
+    fn leave_room(&self, range: &Range<u64>) -> io::Result<()> {
+        let fs = rustix::fs::fstatvfs(&self.file)?;
+        let size = fs.f_blocks.saturating_mul(fs.f_frsize);
+        let reserve = (size / 128).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES);
+        let free = fs.f_bavail.saturating_mul(fs.f_frsize);
+        // A filesystem that tells no size (an unlimited tmpfs) has no last block.
+        if size == 0 || free >= reserve.saturating_add(range.end - range.start) {
+            return Ok(());
+        }
+        let is_hole = self
+            .next_data(range.start)?
+            .is_none_or(|d| d.start >= range.end);
+        if is_hole || free < reserve / 2 {
+            return Err(Errno::NOSPC.into());
+        }
+        Ok(())
+    }
+
     fn reserve(&self, _: Site, range: Range<u64>) -> io::Result<()> {
-        self.leave_reserve(&range)?;
+        self.leave_room(&range)?;
         // A shared (reflinked) block counts as allocated, but a store to it needs a new one. Unsharing promises that
         // no later write fails for want of space (fallocate(2)), so it allocates holes as well.
         if self.may_share_blocks.load(Ordering::Relaxed) {
@@ -311,7 +311,7 @@ impl File for RealFile {
     }
 
     fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()> {
-        self.leave_reserve(&range)?;
+        self.leave_room(&range)?;
         match self.fallocate(FallocateFlags::ZERO_RANGE, &range) {
             Err(Errno::OPNOTSUPP) => {
                 self.punch(site, range.clone())?;

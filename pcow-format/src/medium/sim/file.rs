@@ -108,6 +108,10 @@ impl File for SimFile {
         self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
     }
 
+    fn leave_room(&self, _: &Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         Ok(self.sim.lock().state.file(self.inode).next_data(from))
     }
