@@ -304,7 +304,14 @@ impl Underlay {
     }
 
     /// Moves the trap over `address`, replacing what is there in one step.
+    ///
+    /// A mapping that failed may have left a hole there, and the kernel may have taken exactly the hole for this trap:
+    /// then it stands where it belongs, and a move onto itself would be refused.
     fn move_to(self, address: *mut c_void) -> std::result::Result<(), Errno> {
+        if self.base == address {
+            std::mem::forget(self); // it is part of the region now
+            return Ok(());
+        }
         // SAFETY: source and destination have `len` bytes; the source belongs to `self`, the destination is inside the
         // region by the caller's `locate`; nobody holds a reference to either.
         unsafe { mremap_fixed(self.base, self.len, self.len, MremapFlags::MAYMOVE, address) }?;
