@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # What the lab host does: the steps of the form in LAB_FORM, on each filesystem. Run by busybox sh.
 #
-# A step is a function of steps.sh. It runs in a shell of its own with `set -eu`, so any command that
-# fails ends it. Each is reported on the second serial line; what it says goes to the console.
+# A step is a function of the folder steps. It runs in a shell of its own with `set -eu`, so any command
+# that fails ends it. Each is reported on the second serial line; what it says goes to the console.
+# LAB_STEPS, names with commas between them, chooses among the steps; "clone" is that of each filesystem.
+# Preparations are steps that are never left out.
 
 REPORTS=/dev/ttyS1
 STEP_SECONDS=600
 passed=0
 failed=0
+chosen=0
 
 report() {
     echo "$1"
     echo "$1" >"$REPORTS"
 }
 
-# step NAME FUNCTION [ARGUMENT]...
-step() {
+# prepare NAME FUNCTION [ARGUMENT]...
+prepare() {
     name=$1
     shift
     echo "== $name"
@@ -35,15 +38,32 @@ step() {
     return 1
 }
 
+# step NAME FUNCTION [ARGUMENT]...
+step() {
+    is_chosen "$1" || return 0
+    chosen=$((chosen + 1))
+    prepare "$@"
+}
+
+is_chosen() {
+    [ -n "${LAB_STEPS:-}" ] || return 0
+    for wanted in $(echo "$LAB_STEPS" | tr , ' '); do
+        case $1 in "$wanted" | */"$wanted") return 0 ;; esac
+    done
+    return 1
+}
+
 on_filesystem() {
     fs=$1
-    step "$fs/mount" mount_dax "$fs" || return
+    prepare "$fs/mount" mount_dax "$fs" || return
     step "$fs/info" image_is_dax
     step "$fs/frontend" rust_test pcow-protocol.frontend
     step "$fs/guest" guest_boots_twice
     step "$fs/clone" guest_changes_a_clone
     if [ "$LAB_FORM" = full ]; then
-        step "$fs/clones" guests_change_two_clones
+        step "$fs/rollback" guest_sees_a_rollback
+        step "$fs/clones" guests_change_clones
+        step "$fs/default-unit" guest_writes_with_the_default_unit
         step "$fs/format-parts" rust_test pcow-format.pcow_format
         step "$fs/format" rust_test pcow-format.image
         step "$fs/environment" rust_test pcow-protocol.environment
@@ -51,7 +71,7 @@ on_filesystem() {
         # Chains of a thousand layers and the default budgets do not fit into this host's memory.
         step "$fs/touches" rust_test pcow-tests.random_touch on_one_layer on_64_layers
     fi
-    step "$fs/unmount" unmount_dax
+    prepare "$fs/unmount" unmount_dax
 }
 
 mkdir -p /dev/shm /sys/kernel/debug
@@ -66,16 +86,20 @@ full) filesystems="ext4 xfs" ;;
 shell)
     sh -eu /lab/steps.sh make_namespace
     sh -eu /lab/steps.sh mount_dax ext4
-    echo "The persistent memory is mounted on /dax; the steps are functions of /lab/steps.sh."
+    echo "The persistent memory is mounted on /dax; the steps are functions of the folder /lab/steps."
     setsid cttyhack sh
     exit
     ;;
 esac
 
 step host/kvm host_has_kvm
-step host/namespace make_namespace
+prepare host/namespace make_namespace
 step host/uffd rust_test pcow-protocol.uffd
 for fs in $filesystems; do
     on_filesystem "$fs"
 done
+if [ "$chosen" = 0 ]; then
+    failed=$((failed + 1))
+    report "LAB-STEP any-of:${LAB_STEPS:-none} FAILED"
+fi
 report "LAB-RESULT $passed $failed"

@@ -6,7 +6,7 @@
 //! /script                      runs /lab/host.sh
 //! /lab/                        tests/lab, pcow-backend, pcow-img
 //! /lab/deps/<package>.<test>   tests; they find programs one folder up
-//! /lab/machine/                kernel and initramfs of the guest inside
+//! /lab/machine/                kernel and initramfs of the guest inside, with pcow-guest-io
 //! /usr/bin/qemu-system-x86_64  and firmware where that QEMU looks for it
 //! ```
 
@@ -18,7 +18,7 @@ use crate::arch;
 use crate::boot::Boot;
 use crate::error::{Error, Result};
 use crate::initramfs::Initramfs;
-use crate::lab::programs::Program;
+use crate::lab::programs::Programs;
 use crate::run;
 
 /// What goes in.
@@ -29,7 +29,7 @@ pub struct Contents {
     /// The guest inside.
     pub guest: Boot,
     /// The programs of this workspace.
-    pub programs: Vec<Program>,
+    pub programs: Programs,
 }
 
 impl Contents {
@@ -40,6 +40,9 @@ impl Contents {
     pub fn add_to(&self, base: &Boot, folder: &Path) -> Result<Boot> {
         let addition = Initramfs::addition(&folder.join("contents"))?;
         self.copy_to(&addition)?;
+        let inner = folder.join("guest-initramfs");
+        self.write_guest(&folder.join("guest-contents"), &inner)?;
+        addition.copy(&inner, "lab/machine/initramfs")?;
         let archive = folder.join("contents.cpio");
         addition.archive(&archive)?;
         let initramfs = folder.join("initramfs");
@@ -50,12 +53,24 @@ impl Contents {
         })
     }
 
+    /// Writes the initramfs of the guest inside.
+    fn write_guest(&self, folder: &Path, initramfs: &Path) -> Result<()> {
+        let addition = Initramfs::addition(folder)?;
+        addition.copy_built(&[(
+            self.programs.guest.as_path(),
+            "usr/bin/guest_io".to_string(),
+        )])?;
+        let archive = folder.with_extension("cpio");
+        addition.archive(&archive)?;
+        join(&[&self.guest.initramfs, &archive], initramfs)
+    }
+
     fn copy_to(&self, addition: &Initramfs) -> Result<()> {
         let mut built = vec![(
             self.qemu.as_path(),
             format!("usr/bin/{}", arch::QEMU_BINARY),
         )];
-        for program in &self.programs {
+        for program in &self.programs.host {
             built.push((&program.path, format!("lab/{}", program.name)));
         }
         addition.copy_built(&built)?;
@@ -63,7 +78,6 @@ impl Contents {
             addition.copy(Path::new(file), file.trim_start_matches('/'))?;
         }
         addition.copy(&self.guest.kernel, "lab/machine/vmlinuz")?;
-        addition.copy(&self.guest.initramfs, "lab/machine/initramfs.gz")?;
         copy_scripts(addition)?;
         addition.write("script", "exec sh /lab/host.sh\n")
     }

@@ -16,9 +16,6 @@ use crate::boot::Boot;
 use crate::error::{Error, Result};
 use crate::run;
 
-/// The name of the log in the machine's folder.
-const LOG: &str = "console.log";
-
 /// Persistent memory of the lab host: the filesystems under test.
 const NVDIMM_BYTES: u64 = 2 << 30;
 
@@ -33,35 +30,31 @@ pub struct Machine<'a> {
     pub qemu: &'a Path,
     /// What it boots.
     pub boot: &'a Boot,
-    /// A folder for its files.
-    pub folder: &'a Path,
+    /// Where its console's output goes, with what QEMU itself says.
+    pub log: PathBuf,
+    /// A folder for its other files, which take much space.
+    pub work: &'a Path,
     /// The environment of its init, as `NAME=value` words of the kernel's command line.
     pub environment: &'a str,
 }
 
 impl Machine<'_> {
-    /// Where its console's output goes, with what QEMU itself says.
-    pub fn log(&self) -> PathBuf {
-        self.folder.join(LOG)
-    }
-
     /// Runs it to its end, with each line of the reports given to `each`.
     ///
     /// # Errors
     /// QEMU cannot be started, fails, or says nothing for fifteen minutes.
     pub fn run(&self, mut each: impl FnMut(&str)) -> Result<()> {
-        let log = self.log();
-        let messages = File::create(&log)
-            .and_then(|_| OpenOptions::new().append(true).open(&log))
-            .map_err(Error::file("create", &log))?;
+        let log = File::create(&self.log)
+            .and_then(|_| OpenOptions::new().append(true).open(&self.log))
+            .map_err(Error::file("create", &self.log))?;
         let mut command = self.command()?;
+        // By this name, because commas in the log's own would end it.
         command
-            .arg("-chardev")
-            .arg(format!("file,id=console,append=on,path={LOG}"))
+            .args(["-chardev", "file,id=console,append=on,path=/dev/stderr"])
             .args(["-serial", "chardev:console", "-serial", "stdio"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(messages);
+            .stderr(log);
         let mut running = Running::start(&mut command)?;
         for line in running.lines() {
             each(&line?);
@@ -89,7 +82,7 @@ impl Machine<'_> {
     /// All but the serial lines. The names of files are relative to the folder, because commas in
     /// a name would end it.
     fn command(&self) -> Result<Command> {
-        let nvdimm = self.folder.join("nvdimm");
+        let nvdimm = self.work.join("nvdimm");
         File::create(&nvdimm)
             .and_then(|file| file.set_len(NVDIMM_BYTES))
             .map_err(Error::file("create", &nvdimm))?;
@@ -102,7 +95,7 @@ impl Machine<'_> {
         );
         let mut command = Command::new(self.qemu);
         command
-            .current_dir(self.folder)
+            .current_dir(self.work)
             .args(["-machine", "q35,nvdimm=on,accel=tcg"])
             .args(["-cpu", "max,+svm,+npt", "-smp", "2"])
             .args(["-m", "3G,slots=2,maxmem=16G"])

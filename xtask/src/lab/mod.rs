@@ -36,11 +36,23 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = Kernel::Bookworm)]
     kernel: Kernel,
     /// Run only the steps that `cargo xtask test` runs, too
-    #[arg(long, conflicts_with = "shell")]
-    short: bool,
-    /// Run no step; give a shell in the lab host instead (`poweroff -f` ends it)
     #[arg(long)]
+    short: bool,
+    /// Run only this step, such as `ext4/clone`, or `clone` on each filesystem; may be repeated
+    #[arg(long = "step", value_name = "NAME", value_parser = step_name, conflicts_with = "short")]
+    steps: Vec<String>,
+    /// Run no step; give a shell in the lab host instead (`poweroff -f` ends it)
+    #[arg(long, conflicts_with_all = ["short", "steps"])]
     shell: bool,
+}
+
+/// Names go to the lab host on its kernel's command line.
+fn step_name(text: &str) -> std::result::Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '/';
+    if !text.is_empty() && text.chars().all(allowed) {
+        return Ok(text.to_string());
+    }
+    Err("a name is made of letters, digits, '-' and '/'".to_string())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -117,7 +129,7 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     let lab = Lab::new(cache)?;
     let mut failed = Vec::new();
     for release in arguments.kernel.releases() {
-        if let Err(error) = lab.run(release, form) {
+        if let Err(error) = lab.run(release, form, &arguments.steps) {
             crate::report(&error);
             failed.push(*release);
         }
@@ -126,6 +138,14 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     Err(Error::Failed(failed.join(", ")))
+}
+
+/// Runs the short form with the kernel that most hosts have: what `cargo xtask test` runs.
+///
+/// # Errors
+/// As [`command`].
+pub fn short(cache: &Cache) -> Result<()> {
+    Lab::new(cache)?.run("bookworm", Form::Short, &[])
 }
 
 /// What the lab host is to do.
@@ -137,13 +157,14 @@ enum Form {
 }
 
 impl Form {
-    /// As the scripts know it.
-    fn environment(self) -> &'static str {
-        match self {
-            Self::Short => "LAB_FORM=short",
-            Self::Full => "LAB_FORM=full",
-            Self::Shell => "LAB_FORM=shell",
-        }
+    /// As the scripts know it, with the names of the `steps` that are chosen, if any are.
+    fn environment(self, steps: &[String]) -> String {
+        let form = match self {
+            Self::Short => "short",
+            Self::Full => "full",
+            Self::Shell => "shell",
+        };
+        format!("LAB_FORM={form} LAB_STEPS={}", steps.join(","))
     }
 }
 
@@ -166,28 +187,27 @@ impl<'a> Lab<'a> {
         Ok(Self { cache, contents })
     }
 
-    fn run(&self, release: &'static str, form: Form) -> Result<()> {
+    fn run(&self, release: &'static str, form: Form, steps: &[String]) -> Result<()> {
         let base = HOST.build(self.cache, Some(release))?;
         let part = format!("lab-{release}");
         let _lock = self.cache.lock(&part)?;
         let folder = self.cache.folder(&part)?;
-        let boot = self.contents.add_to(&base, &folder)?;
+        let work = folder.join("work");
+        cache::remove_folder(&work)?;
+        let boot = self.contents.add_to(&base, &work)?;
         let machine = Machine {
             qemu: &self.contents.qemu,
             boot: &boot,
-            folder: &folder,
-            environment: form.environment(),
+            log: folder.join("console.log"),
+            work: &work,
+            environment: &form.environment(steps),
         };
         let outcome = match form {
             Form::Shell => machine.run_on_terminal(),
             Form::Short | Form::Full => run_steps(&machine, release),
         };
         // They take much space; the log stays.
-        for name in ["contents.cpio", "initramfs", "nvdimm"] {
-            let path = folder.join(name);
-            fs::remove_file(&path).map_err(Error::file("remove", &path))?;
-        }
-        cache::remove_folder(&folder.join("contents"))?;
+        cache::remove_folder(&work)?;
         outcome
     }
 }
@@ -195,7 +215,7 @@ impl<'a> Lab<'a> {
 fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<()> {
     eprintln!(
         "the lab host with the kernel of {release}; its log is {}",
-        machine.log().display()
+        machine.log.display()
     );
     let (begin, mut last) = (Instant::now(), Instant::now());
     let mut report = Report::default();
@@ -217,7 +237,7 @@ fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<()> {
         (None, Err(error)) => error.to_string(),
         (Some(fault), Err(error)) => format!("{fault}; {error}"),
     };
-    Err(failure(release, machine.log(), &report, fault))
+    Err(failure(release, machine.log.clone(), &report, fault))
 }
 
 fn failure(kernel: &'static str, log: PathBuf, report: &Report, fault: String) -> Error {

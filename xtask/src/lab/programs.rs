@@ -23,6 +23,9 @@ const TESTS: &[(&str, &str)] = &[
 /// The other programs: what is tested, and what tests start.
 const BINARIES: &[(&str, &str)] = &[("pcow-backend", "pcow-backend"), ("pcow-img", "pcow-img")];
 
+/// What runs in the guest inside of the lab host.
+const GUEST: (&str, &str) = ("pcow-tests", "pcow-guest-io");
+
 /// Something that cargo built and that can be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Artifact {
@@ -42,11 +45,20 @@ pub struct Program {
     pub name: String,
 }
 
+/// All that was built.
+#[derive(Debug)]
+pub struct Programs {
+    /// What runs in the lab host.
+    pub host: Vec<Program>,
+    /// What runs in the guest inside.
+    pub guest: PathBuf,
+}
+
 /// Builds everything and says where it is.
 ///
 /// # Errors
 /// cargo fails or does not make one of the programs.
-pub fn build() -> Result<Vec<Program>> {
+pub fn build() -> Result<Programs> {
     let mut arguments = vec!["build", "--release", "--workspace", "--bins"];
     let mut artifacts = cargo(&arguments)?;
     // The same features for all packages as in other runs, so that nothing is built twice.
@@ -60,10 +72,12 @@ pub fn build() -> Result<Vec<Program>> {
     artifacts.extend(cargo(&arguments)?);
     let binaries = BINARIES.iter().map(|wanted| (wanted, false));
     let tests = TESTS.iter().map(|wanted| (wanted, true));
-    binaries
+    let host = binaries
         .chain(tests)
         .map(|((package, target), is_test)| find(&artifacts, package, target, is_test))
-        .collect()
+        .collect::<Result<_>>()?;
+    let guest = find(&artifacts, GUEST.0, GUEST.1, false)?.path;
+    Ok(Programs { host, guest })
 }
 
 fn is_library(package: &str, target: &str) -> bool {

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# A guest under KVM, in the patched QEMU, on images that backends serve.
+
+GUEST_SECONDS=300
+
+# start_backend N IMAGE: the backend number N, with its socket and its log in /tmp.
+start_backend() {
+    socket=/tmp/backend$1.sock
+    rm -f "$socket"
+    pcow-backend --socket "$socket" --image "$2" 2>"/tmp/backend$1.log" &
+    backends="$backends $!"
+    for _ in $(seq 300); do
+        if [ -S "$socket" ]; then return 0; fi
+        kill -0 $! || break
+        usleep 100000
+    done
+    cat "/tmp/backend$1.log"
+    fail "the backend does not listen"
+}
+
+# Ends all backends. What the guest flushed has to be durable, and the guest's end to be clean.
+end_backends() {
+    number=0
+    for backend in $backends; do
+        kill -TERM "$backend"
+        status=0
+        wait "$backend" || status=$?
+        cat "/tmp/backend$number.log"
+        [ "$status" = 0 ] || fail "the backend ended with $status"
+        grep -q 'DAX: what the guest flushes is durable' "/tmp/backend$number.log"
+        number=$((number + 1))
+    done
+}
+
+# write_initramfs SCRIPT [WORD]...: what the guest boots: it runs a script of the folder guest with the
+# words, and powers off.
+write_initramfs() {
+    script=$1
+    shift
+    mkdir /tmp/guest
+    { echo "set -- $*" && cat "/lab/guest/$script.sh"; } >/tmp/guest/script
+    cp /lab/machine/initramfs /tmp/initramfs
+    (cd /tmp/guest && echo script | cpio -o -H newc --quiet) >>/tmp/initramfs
+    rm -r /tmp/guest
+}
+
+# run_qemu IMAGES [ARGUMENT]...: a machine with an NVDIMM for each of the images, and what else the
+# arguments say. Its serial line and its messages go to /tmp/guest.log.
+run_qemu() {
+    images=$1
+    shift
+    backends=
+    number=0
+    for image in $images; do
+        start_backend "$number" "$image"
+        set -- "$@" -chardev "socket,id=c$number,path=/tmp/backend$number.sock" \
+            -object "memory-backend-pcow,id=pm$number,chardev=c$number" \
+            -device "nvdimm,memdev=pm$number"
+        number=$((number + 1))
+    done
+    timeout -s KILL "$GUEST_SECONDS" qemu-system-x86_64 \
+        -machine q35,nvdimm=on,accel=kvm -cpu host -smp 2 -m 512M,slots=4,maxmem=16G \
+        -nodefaults -display none -no-reboot -serial stdio \
+        -kernel /lab/machine/vmlinuz -initrd /tmp/initramfs -append "console=ttyS0 quiet panic=-1" \
+        "$@" </dev/null >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
+    rm /tmp/initramfs
+    sed 's/^/guest: /' /tmp/guest.log
+    end_backends
+    if grep 'QEMU ended with' /tmp/guest.log; then exit 1; fi
+}
+
+# guest IMAGES SCRIPT [WORD]...: boots a guest, whose script has to succeed. $machine has more arguments
+# for QEMU.
+machine=
+guest() {
+    images=$1
+    shift
+    write_initramfs "$@"
+    # shellcheck disable=SC2086 # one argument per word
+    run_qemu "$images" $machine
+    tr -d '\r' </tmp/guest.log | grep -q '^PCOW-GUEST-EXIT 0$' || fail "the guest failed"
+}
+
+# told KEY: what follows "KEY: " on the line of the guest's console that begins so.
+told() {
+    tr -d '\r' </tmp/guest.log | sed -n "s/^$1: //p"
+}
+
+# logged TEXT: the number before TEXT in the first backend's log.
+logged() {
+    sed -n "s/.*[^0-9]\([0-9][0-9]*\) $1.*/\1/p" /tmp/backend0.log
+}
+
+# KiB that an image takes on disk.
+taken() {
+    sync
+    du -s -k "$1" | cut -f1
+}

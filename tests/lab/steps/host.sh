@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# The host itself, its filesystems, and the tests of this workspace that run on it.
+
+DAX=/dax
+
+host_has_kvm() {
+    uname -a
+    grep -q -w svm /proc/cpuinfo
+    cat /sys/module/kvm_amd/parameters/npt
+    test -c /dev/kvm
+}
+
+make_namespace() {
+    ndctl create-namespace -f -e namespace0.0 -m fsdax -a 2M -M mem
+    test -b /dev/pmem0
+}
+
+# mount_dax ext4|xfs
+mount_dax() {
+    mkdir -p "$DAX"
+    case $1 in
+    ext4)
+        mkfs.ext4 -q -F -b 4096 /dev/pmem0
+        mount -t ext4 -o dax /dev/pmem0 "$DAX"
+        ;;
+    xfs)
+        mkfs.xfs -q -f /dev/pmem0
+        mount -t xfs -o dax=always /dev/pmem0 "$DAX"
+        ;;
+    esac
+    grep "$DAX" /proc/mounts
+    grep "$DAX" /proc/mounts | grep -q -w dax=always
+    mkdir "$DAX/tmp"
+}
+
+unmount_dax() {
+    umount "$DAX"
+}
+
+image_is_dax() {
+    pcow-img create "$DAX/info.pcow" 64M
+    pcow-img info "$DAX/info.pcow" | tee /tmp/info
+    grep -q '^persistence: *DAX$' /tmp/info
+    pcow-img check "$DAX/info.pcow"
+    rm -r "$DAX/info.pcow"
+}
+
+# rust_test NAME [FILTER]...: a test program, or those of its tests whose name contains a filter. Its
+# temporary files are on the DAX filesystem.
+rust_test() {
+    name=$1
+    shift
+    mkdir -p "$DAX/tmp"
+    TMPDIR=$DAX/tmp RUST_BACKTRACE=1 "/lab/deps/$name" "$@"
+    test -z "$(ls -A "$DAX/tmp")" || fail "left behind: $(ls "$DAX/tmp")"
+}
