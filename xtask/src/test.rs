@@ -14,6 +14,7 @@ use crate::boot::Boot;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 use crate::guest;
+use crate::lab;
 use crate::packages::{self, Step};
 use crate::qemu;
 use crate::run::{self, Log};
@@ -24,7 +25,7 @@ const END_TO_END: &str = "pcow-tests";
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Leave out the end-to-end tests, and with them QEMU and the guest
+    /// Leave out the end-to-end tests and the lab host, and with them QEMU and the guest
     #[arg(long)]
     no_guest: bool,
     /// What `cargo test` is given besides, such as the name of a test
@@ -45,7 +46,7 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     }
     report.print();
     if arguments.no_guest {
-        eprintln!("left out as asked: the end-to-end tests of {END_TO_END}");
+        eprintln!("left out as asked: the end-to-end tests of {END_TO_END}, the lab host");
     }
     report.result()
 }
@@ -55,7 +56,7 @@ fn install(cache: &Cache, arguments: &Arguments) -> Result<()> {
     let steps: &[Step] = if arguments.no_guest {
         &[Step::Test]
     } else {
-        &[Step::Test, Step::Qemu, Step::Guest]
+        &[Step::Test, Step::Qemu, Step::Guest, Step::Lab]
     };
     packages::ensure(steps, &log)
 }
@@ -77,8 +78,18 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
         make_machine(cache, report).map(Some)
     };
     match (built, machine) {
-        (Some(()), Some(machine)) => test(arguments, machine.as_ref(), report),
-        _ => report.not_run("test"),
+        (Some(()), Some(machine)) => {
+            test(arguments, machine.as_ref(), report);
+            if machine.is_some() {
+                report.run("lab", || lab::short(cache));
+            }
+        }
+        _ => {
+            report.not_run("test");
+            if !arguments.no_guest {
+                report.not_run("lab");
+            }
+        }
     }
 }
 
