@@ -67,6 +67,9 @@ impl Initramfs {
     /// The file cannot be written.
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.root.join(name);
+        if let Some(folder) = path.parent() {
+            cache::create_folder(folder)?;
+        }
         fs::write(&path, text).map_err(Error::file("write", &path))
     }
 

@@ -22,6 +22,7 @@ mod run;
 mod series;
 mod sources;
 mod test;
+mod vmlinux;
 
 use std::process::ExitCode;
 

@@ -20,6 +20,11 @@ use crate::error::{Error, Result};
 use crate::initramfs::Initramfs;
 use crate::lab::programs::Programs;
 use crate::run;
+use crate::vmlinux;
+
+/// What the guest inside loads at its start, instead of all it has: others take seconds there. Its
+/// scripts load what else they need.
+const GUEST_MODULES: &[&str] = &["libnvdimm", "nfit", "nd_btt", "nd_pmem", "ext4"];
 
 /// What goes in.
 #[derive(Debug)]
@@ -43,6 +48,9 @@ impl Contents {
         let inner = folder.join("guest-initramfs");
         self.write_guest(&folder.join("guest-contents"), &inner)?;
         addition.copy(&inner, "lab/machine/initramfs")?;
+        let kernel = folder.join("vmlinux");
+        vmlinux::extract(&self.guest.kernel, &kernel)?;
+        addition.copy_built(&[(kernel.as_path(), "lab/machine/vmlinux".to_string())])?;
         let archive = folder.join("contents.cpio");
         addition.archive(&archive)?;
         let initramfs = folder.join("initramfs");
@@ -60,6 +68,7 @@ impl Contents {
             self.programs.guest.as_path(),
             "usr/bin/guest_io".to_string(),
         )])?;
+        addition.write("etc/modules", &format!("{}\n", GUEST_MODULES.join("\n")))?;
         let archive = folder.with_extension("cpio");
         addition.archive(&archive)?;
         join(&[&self.guest.initramfs, &archive], initramfs)
@@ -74,10 +83,9 @@ impl Contents {
             built.push((&program.path, format!("lab/{}", program.name)));
         }
         addition.copy_built(&built)?;
-        for file in arch::BOOT_FIRMWARE {
+        for file in arch::BOOT_FIRMWARE.iter().chain([&vmlinux::FIRMWARE]) {
             addition.copy(Path::new(file), file.trim_start_matches('/'))?;
         }
-        addition.copy(&self.guest.kernel, "lab/machine/vmlinuz")?;
         copy_scripts(addition)?;
         addition.write("script", "exec sh /lab/host.sh\n")
     }
