@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,6 +23,7 @@ pub struct Backend {
     child: Child,
     socket: PathBuf,
     log: Arc<Mutex<Vec<String>>>,
+    log_reader: JoinHandle<()>,
 }
 
 impl Backend {
@@ -53,7 +55,7 @@ impl Backend {
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let sink = Arc::clone(&log);
-        std::thread::spawn(move || {
+        let log_reader = std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 sink.lock().unwrap().push(line);
             }
@@ -62,6 +64,7 @@ impl Backend {
             child,
             socket: socket.to_owned(),
             log,
+            log_reader,
         }
     }
 
@@ -109,13 +112,13 @@ impl Backend {
         wait_until(&format!("the log says '{text}'"), PATIENCE, found);
     }
 
-    /// Asks it to end, and waits for that.
+    /// Asks it to end, and waits for that and for all of its log.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
         let mut status = None;
         wait_until("the backend ends", PATIENCE, || {
             status = self.child.try_wait().unwrap();
-            status.is_some()
+            status.is_some() && self.log_reader.is_finished()
         });
         status.unwrap()
     }
