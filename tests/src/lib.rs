@@ -7,6 +7,8 @@ pub mod files;
 pub mod guest;
 pub mod loop_mount;
 pub mod memory;
+#[cfg(target_arch = "x86_64")]
+pub mod micro_vm;
 pub mod output;
 pub mod pattern;
 pub mod proc;
