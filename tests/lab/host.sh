@@ -70,6 +70,11 @@ on_filesystem() {
         step "$fs/mappings" rust_test pcow-tests.mapping_budget
         # Chains of a thousand layers and the default budgets do not fit into this host's memory.
         step "$fs/touches" rust_test pcow-tests.random_touch on_one_layer on_64_layers
+        for part in reading given_back stores read_only; do
+            step "$fs/kvm-$part" rust_test pcow-tests.pcow-kvm-faults "$part::"
+        done
+    else
+        step "$fs/kvm-faults" rust_test pcow-tests.pcow-kvm-faults --short
     fi
     prepare "$fs/unmount" unmount_dax
 }

@@ -26,6 +26,9 @@ const BINARIES: &[(&str, &str)] = &[("pcow-backend", "pcow-backend"), ("pcow-img
 /// What runs in the guest inside of the lab host.
 const GUEST: (&str, &str) = ("pcow-tests", "pcow-guest-io");
 
+/// Tests that are programs, because only the lab host may run them.
+const TEST_PROGRAMS: &[(&str, &str)] = &[("pcow-tests", "pcow-kvm-faults")];
+
 /// Something that cargo built and that can be run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Artifact {
@@ -70,7 +73,8 @@ pub fn build() -> Result<Programs> {
         arguments.extend(["--test", target]);
     }
     artifacts.extend(cargo(&arguments)?);
-    let binaries = BINARIES.iter().map(|wanted| (wanted, false));
+    let binaries = BINARIES.iter().chain(TEST_PROGRAMS);
+    let binaries = binaries.map(|wanted| (wanted, false));
     let tests = TESTS.iter().map(|wanted| (wanted, true));
     let host = binaries
         .chain(tests)
@@ -88,7 +92,7 @@ fn find(artifacts: &[Artifact], package: &str, target: &str, is_test: bool) -> R
     let found = artifacts.iter().find(|artifact| {
         artifact.package == package && artifact.target == target && artifact.is_test == is_test
     });
-    let name = if is_test {
+    let name = if is_test || TEST_PROGRAMS.contains(&(package, target)) {
         format!("deps/{package}.{target}")
     } else {
         target.to_string()
