@@ -52,9 +52,9 @@ struct Effort {
 }
 
 const SHORT: Effort = Effort {
-    read_bytes: 32 << 20,
-    mixed_bytes: 32 << 20,
-    operations: 400,
+    read_bytes: 20 << 20,
+    mixed_bytes: 16 << 20,
+    operations: 150,
 };
 const FULL: Effort = Effort {
     read_bytes: 512 << 20,
