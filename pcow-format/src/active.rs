@@ -8,7 +8,7 @@
 //!
 //! | | page cache | DAX |
 //! |---|---|---|
-//! | 1 | reserve, or write the bytes | reserve, or write the bytes durably (I1) |
+//! | 1 | reserve, or write the bytes | reserve and write the bytes, zeros among them, durably (I1) |
 //! | 2 | word 11, *live*: this boot only | word 01, write-back, fence (I2) |
 //! | 3 | `flush`: `fdatasync` the data, noted words 11 to 01, `fdatasync` the map | |
 
@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
 use crate::medium::{Domain, File, Site, read_exact_at};
+use crate::ready::Ready;
 use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
 /// Bytes of a map read at once when all of it is looked through: 8,192 words.
@@ -37,7 +38,7 @@ pub struct Active {
     domain: Domain,
     /// Guards every read-modify-write of a word; holds the numbers of words that may have live clusters.
     live: Mutex<BTreeSet<u64>>,
-    ready: Mutex<Bitmap>,
+    ready: Mutex<Ready>,
     /// Held for the length of a flush; set for ever by the first that fails (I7).
     flush_failed: Mutex<Option<String>>,
 }
@@ -70,7 +71,7 @@ impl Active {
             data,
             domain,
             live: Mutex::default(),
-            ready: Mutex::new(Bitmap::new(cluster.clusters_in(size.bytes()))),
+            ready: Mutex::new(Ready::new(cluster.clusters_in(size.bytes()))),
             flush_failed: Mutex::default(),
         };
         let recovery = active.settle_tag(boot)?;
@@ -144,29 +145,37 @@ impl Active {
             return Ok(());
         }
         let range = self.cluster.byte_range(run);
-        let context = || format!("cannot reserve space in layer {}", self.name);
-        if self.is_hole(&range).context(context)? {
-            // I1: a hole is durable zero, and reserving does not change what it reads.
-            self.data
-                .reserve(Site("active.prepare.reserve"), range)
-                .context(context)?;
-        } else {
-            // Bytes of a copy that a crash cut off, or old ones that were not punched yet (I3).
-            self.data
-                .zero(Site("active.prepare.zero"), range)
-                .context(context)?;
-            if self.domain == Domain::Dax {
-                // The word is durable at once here, so the zeros must be durable before it (I1).
-                self.data
-                    .sync_data(Site("active.prepare.sync"))
-                    .context(context)?;
-            }
+        match self.domain {
+            Domain::PageCache => self.prepare_in_page_cache(range),
+            Domain::Dax => self.prepare_on_dax(range),
         }
+        .context(|| format!("cannot reserve space in layer {}", self.name))?;
         self.ready().set(run, true);
         Ok(())
     }
 
-    /// Makes `run`, all of it absent here and reading zero, data that reads zero.
+    fn prepare_in_page_cache(&self, range: Range<u64>) -> std::io::Result<()> {
+        if self.is_hole(&range)? {
+            // I1: a hole is durable zero, and reserving does not change what it reads.
+            return self.data.reserve(Site("active.prepare.reserve"), range);
+        }
+        // Bytes of a copy that a crash cut off, or old ones that were not punched yet (I3).
+        self.data.zero(Site("active.prepare.zero"), range)
+    }
+
+    /// Leaves *written* storage: each first store to a page that is only reserved would make the kernel change the file's
+    /// extents and wait for the filesystem's journal, on the path of the guest's fault.
+    fn prepare_on_dax(&self, range: Range<u64>) -> std::io::Result<()> {
+        // In one piece first, so that the filesystem can choose an aligned extent, for a huge page.
+        self.data
+            .reserve(Site("active.prepare.reserve"), range.clone())?;
+        // I1, I3: durable zeros over whatever is there. The word that follows is durable at once, too.
+        self.data
+            .write_zeros_durable(Site("active.prepare.zeros"), range)
+    }
+
+    /// Makes `run`, all of it absent here and reading zero, data that reads zero. Without a system call for storage if it
+    /// was prepared.
     ///
     /// # Errors
     /// `NoSpace` or `Io`; the clusters are still absent then.
@@ -181,14 +190,16 @@ impl Active {
     /// # Errors
     /// `NoSpace` or `Io`; the clusters still say zero then.
     pub fn allocate_over_zero(&self, run: ClusterRange) -> Result<()> {
-        let context = || format!("cannot reserve space in layer {}", self.name);
         let range = self.cluster.byte_range(run);
-        self.data
-            .zero(Site("active.over_zero.zero"), range)
-            .context(context)?;
-        self.data
-            .sync_data(Site("active.over_zero.sync"))
-            .context(context)?;
+        match self.domain {
+            Domain::PageCache => {
+                let site = Site("active.over_zero.zero");
+                let zeroed = self.data.zero(site, range);
+                zeroed.and_then(|()| self.data.sync_data(Site("active.over_zero.sync")))
+            }
+            Domain::Dax => self.prepare_on_dax(range),
+        }
+        .context(|| format!("cannot reserve space in layer {}", self.name))?;
         self.ready().set(run, true);
         self.set_words(run, State::Data)
     }
@@ -449,14 +460,14 @@ impl Active {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ready(&self) -> MutexGuard<'_, Bitmap> {
+    fn ready(&self) -> MutexGuard<'_, Ready> {
         // A bit is set after the work that it speaks of, cleared before: a panic in between leaves it clear.
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes durable what a predecessor stored and did not come to fence or sync before it died: this process sees
-    /// it, and rests promises on it. A word without fence may be believed (I2), and zeros that were not synced look
-    /// like a durable hole (I1).
+    /// it, and rests promises on it. A word without fence may be believed (I2). A cluster may be live, if the filesystem
+    /// was mounted without DAX earlier in this boot: what a guest fences in it from now on must not go with the boot.
     ///
     /// # Errors
     /// `Io`.
@@ -465,13 +476,16 @@ impl Active {
             // Words of this boot are live; a flush settles data and words in their order.
             return Ok(());
         }
-        let context = || format!("cannot sync layer {}", self.name);
-        self.data
-            .sync_data(Site("active.open.data_sync"))
-            .context(context)?;
+        let noted = self.note_live()?;
+        if !noted.is_empty() {
+            self.data
+                .sync_data(Site("active.open.data_sync"))
+                .context(|| format!("cannot sync the data of layer {}", self.name))?;
+            self.settle_live(&noted)?;
+        }
         self.map
             .sync_data(Site("active.open.map_sync"))
-            .context(context)
+            .context(|| format!("cannot sync the map of layer {}", self.name))
     }
 
     /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or they
@@ -593,43 +607,4 @@ pub(crate) fn scan_words(
         }
     }
     Ok(())
-}
-
-/// One bit per cluster: it has storage of its own, and if it is absent that storage reads zero. Zeroed memory is
-/// only taken where a bit was ever set.
-#[derive(Debug)]
-struct Bitmap(Vec<u64>);
-
-impl Bitmap {
-    fn new(bits: u64) -> Self {
-        Self(vec![0; units::len(bits.div_ceil(64))])
-    }
-
-    fn all(&self, run: ClusterRange) -> bool {
-        run.iter()
-            .all(|c| self.0[units::len(c.0 / 64)] & 1 << (c.0 % 64) != 0)
-    }
-
-    fn set(&mut self, run: ClusterRange, value: bool) {
-        for c in run.iter() {
-            let mask = 1 << (c.0 % 64);
-            let word = &mut self.0[units::len(c.0 / 64)];
-            *word = if value { *word | mask } else { *word & !mask };
-        }
-    }
-
-    /// The runs of set bits, none longer than 32,768.
-    fn runs(&self) -> Vec<ClusterRange> {
-        let mut runs: Vec<ClusterRange> = Vec::new();
-        for (i, word) in self.0.iter().enumerate().filter(|(_, w)| **w != 0) {
-            let base = units::bytes(i) * 64;
-            for bit in (0..64).filter(|bit| word & 1 << bit != 0) {
-                match runs.last_mut() {
-                    Some(run) if run.end == base + bit && run.count() < 32 << 10 => run.end += 1,
-                    _ => runs.push(ClusterRange::new(base + bit, base + bit + 1)),
-                }
-            }
-        }
-        runs
-    }
 }

@@ -20,6 +20,7 @@ mod lock;
 pub mod map;
 pub mod medium;
 pub mod ops;
+mod ready;
 pub mod root;
 mod units;
 

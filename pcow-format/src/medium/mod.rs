@@ -6,6 +6,7 @@
 //! operating system, `sim` (with the feature of that name) a recording simulation. This module knows files and names, not layers or clusters.
 
 mod dax;
+mod extents;
 pub mod real;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -122,6 +123,12 @@ pub trait File: Debug + Send + Sync {
     fn reserve(&self, site: Site, range: Range<u64>) -> io::Result<()>;
     /// As [`File::reserve`], and the range reads zero afterwards, whatever it held.
     fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// Writes zeros over the range; durable when it returns (`RWF_DSYNC`). Unlike [`File::zero`] it leaves *written*
+    /// storage: a first store to it changes nothing in the filesystem.
+    fn write_zeros_durable(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// Asks the filesystem to allocate aligned extents of `bytes`, a power of two, from now on. Changes no content, and
+    /// nothing rests on it.
+    fn prefer_extents(&self, bytes: u64) -> io::Result<()>;
     /// Gives storage back; the range reads zero afterwards.
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()>;
     /// The first range at or after `from` that may hold something other than zeros, as far as the filesystem tells.

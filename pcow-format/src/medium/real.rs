@@ -18,13 +18,18 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, Directory, Domain, File, Identity, Site, Status, dax};
-use crate::units::bytes;
+use super::{Access, Directory, Domain, File, Identity, Site, Status, dax, extents};
+use crate::units::{bytes, len};
 
 /// Least free space that is left on a filesystem.
 const MIN_RESERVE_BYTES: u64 = 1 << 20;
 /// Most free space that is left, however large the filesystem is.
 const MAX_RESERVE_BYTES: u64 = 64 << 20;
+
+/// What zeros are written from, many times over in one call.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// How many of them in one call: 4 MiB, far below the kernel's limit of pieces (1,024).
+const ZEROS_PER_CALL: usize = 64;
 
 /// A directory of a mounted filesystem.
 #[derive(Debug)]
@@ -202,6 +207,18 @@ impl RealFile {
         Ok(self.words.get_or_init(|| mapping))
     }
 
+    /// Writes some of `pieces`, durably; returns how many bytes.
+    fn write_some_durable(&self, pieces: &[io::IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        let flags = rustix::io::ReadWriteFlags::DSYNC;
+        loop {
+            match rustix::io::pwritev2(&self.file, pieces, offset, flags) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
+                Err(Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> rustix::io::Result<()> {
         let length = range.end - range.start;
         loop {
@@ -256,13 +273,7 @@ impl File for RealFile {
         let mut done = 0;
         while done < buf.len() {
             let rest = [io::IoSlice::new(&buf[done..])];
-            let flags = rustix::io::ReadWriteFlags::DSYNC;
-            match rustix::io::pwritev2(&self.file, &rest, offset + bytes(done), flags) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
+            done += self.write_some_durable(&rest, offset + bytes(done))?;
         }
         Ok(())
     }
@@ -319,6 +330,26 @@ impl File for RealFile {
             }
             other => Ok(other?),
         }
+    }
+
+    fn write_zeros_durable(&self, _: Site, range: Range<u64>) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            // As much as possible in one call: each ends with a commit of the filesystem's journal.
+            let mut left = len(range.end - at).min(ZEROS.len() * ZEROS_PER_CALL);
+            let mut pieces = Vec::with_capacity(left.div_ceil(ZEROS.len()));
+            while left > 0 {
+                let piece = left.min(ZEROS.len());
+                pieces.push(io::IoSlice::new(&ZEROS[..piece]));
+                left -= piece;
+            }
+            at += bytes(self.write_some_durable(&pieces, at)?);
+        }
+        Ok(())
+    }
+
+    fn prefer_extents(&self, bytes: u64) -> io::Result<()> {
+        extents::prefer(&self.file, bytes)
     }
 
     fn punch(&self, _: Site, range: Range<u64>) -> io::Result<()> {

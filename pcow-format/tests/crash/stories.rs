@@ -80,18 +80,33 @@ fn what_rests_on_a_word_that_a_dead_process_did_not_fence_is_not_lost() {
     assert_eq!(load(&image, ABSENT * CLUSTER_BYTES), STORED);
 }
 
-/// On DAX a process died after it zeroed a cluster that held the rest of a copy that was cut off, and before it synced
-/// that. Its successor saw a hole, which counts as durable zero, and made it data; then the power went, the zeros were
-/// lost, and the old bytes showed. Opening on DAX now syncs the data.
+/// On DAX a process died after it zeroed a cluster that held the rest of a copy that was cut off, and before that was
+/// durable. Its successor saw zeros, took them for durable, and made the cluster data; then the power went, the zeros
+/// were lost, and the old bytes showed. On DAX whoever makes a cluster data now writes its zeros itself.
 #[test]
-fn zeros_that_a_dead_process_did_not_sync_do_not_pass_for_a_hole() {
+fn zeros_that_a_dead_process_did_not_sync_are_not_relied_on() {
     let (sim, image, boot) = start(Domain::Dax);
-    let sim = killed_after(&sim, "active.prepare.zero", || {
+    let sim = killed_after(&sim, "active.prepare.zeros", || {
         store_durably(&image, LEFTOVER)
     });
     store_durably(&setting::open(&sim, IMAGE, boot).unwrap(), LEFTOVER);
     let image = setting::open(&cut(&sim), IMAGE, boot + 1).unwrap();
     assert_eq!(load(&image, LEFTOVER * CLUSTER_BYTES + 4096), 0);
+}
+
+/// A process died in the page cache and left a live cluster; within the same boot the filesystem was mounted with DAX.
+/// A guest stored into the cluster and fenced; then the power went, and the live cluster went with the boot. Opening on
+/// DAX now settles what is live.
+#[test]
+fn what_rests_on_a_live_cluster_that_came_to_dax_is_not_lost() {
+    let (sim, image, boot) = start(Domain::PageCache);
+    image
+        .make_writable(Cluster(ABSENT).only(), &mut Vec::new())
+        .unwrap();
+    let sim = sim.with_fault(Domain::Dax, None);
+    store_durably(&setting::open(&sim, IMAGE, boot).unwrap(), ABSENT);
+    let image = setting::open(&cut(&sim), IMAGE, boot + 1).unwrap();
+    assert_eq!(load(&image, ABSENT * CLUSTER_BYTES), STORED);
 }
 
 /// A rebase that was cut off left the files of the new base in the image's directory, where the root did not name them

@@ -104,6 +104,15 @@ impl File for SimFile {
         self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
     }
 
+    fn write_zeros_durable(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        let zeros = vec![0; len(range.end - range.start)];
+        self.write_durable_at(site, &zeros, range.start)
+    }
+
+    fn prefer_extents(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()> {
         self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
     }
