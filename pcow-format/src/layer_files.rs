@@ -17,6 +17,8 @@ use crate::units;
 const PAGE: usize = 4096;
 /// Bytes copied at a time.
 const COPY_BYTES: u64 = 1 << 20;
+/// What one entry of a second-level page table maps.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Name of a layer's map file.
 pub fn map_name(layer: Uuid) -> String {
@@ -172,6 +174,19 @@ pub(crate) fn create(dir: &dyn Directory, layer: &Layer, image: Uuid, boot: Uuid
     map.sync_data(Site("layer.map.sync")).context(context)?;
     dir.sync(Site("layer.dir.sync")).context(context)?;
     Ok(Pair { map, data })
+}
+
+/// Asks for extents that huge pages can map, if `unit` is what is allocated at least in the new data file `data`. On the
+/// page cache's filesystems, and for smaller units, such extents would only take space.
+///
+/// Best effort: without them the kernel maps small pages.
+pub(crate) fn prefer_huge_extents(data: &dyn File, unit: u64) {
+    if unit < HUGE_PAGE_BYTES || !data.domain().is_ok_and(|d| d == Domain::Dax) {
+        return;
+    }
+    if let Err(e) = data.prefer_extents(HUGE_PAGE_BYTES) {
+        log::debug!("no hint for aligned extents: {e}");
+    }
 }
 
 fn write_zeros(file: &dyn File, range: std::ops::Range<u64>) -> std::io::Result<()> {

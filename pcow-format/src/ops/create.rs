@@ -183,6 +183,7 @@ fn build(
         Domain::PageCache => DEFAULT_UNIT_BYTES,
     };
     let unit = unit.unwrap_or(default_unit.max(new.cluster.bytes()));
+    layer_files::prefer_huge_extents(pair.data.as_ref(), unit);
     layers.insert(0, active.clone());
     write_root(dir, &Root::new(uuid, unit, active.uuid, layers))?;
     Ok(copied)
