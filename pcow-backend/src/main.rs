@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
+use pcow_format::medium::Hindrance;
 use pcow_format::{Image, Stored};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -111,6 +112,11 @@ fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
             "{discarded} clusters were written but never flushed before the machine went down; they show their base again"
         );
     }
+    if image.recovery().left_dax {
+        log::warn!(
+            "this image was on DAX until now and is in the page cache: what a guest flushes through an nvdimm is not durable any more"
+        );
+    }
     let disk = WritableDisk::new(image);
     announce(path, &disk);
     Ok(Arc::new(disk))
@@ -136,6 +142,13 @@ fn announce(path: &Path, disk: &dyn Disk) {
             "page cache: a crash of a process loses nothing; a power failure loses what was not flushed, \
              and flushes of a guest through nvdimm do not reach the disk"
         );
+        let file = disk.file(disk::FileKey::Active).as_real();
+        if let Some(hindrance) = file.and_then(Hindrance::of) {
+            let advice = hindrance
+                .advice()
+                .map_or(String::new(), |a| format!("; {a}"));
+            log::warn!("the image {}{advice}", hindrance.reason());
+        }
     }
 }
 

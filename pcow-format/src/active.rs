@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
-use crate::medium::{Domain, File, Site, read_exact_at};
+use crate::medium::{Domain, File, Hindrance, Site, read_exact_at};
 use crate::ready::Ready;
 use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
@@ -48,6 +48,8 @@ pub struct Active {
 pub struct Recovery {
     /// Clusters that were live in an earlier boot: their bytes were never flushed and are gone.
     pub discarded_clusters: u64,
+    /// The layer was on DAX since it was made, and is in the page cache now. Told once.
+    pub left_dax: bool,
 }
 
 impl Active {
@@ -61,8 +63,7 @@ impl Active {
         (map, data): (Arc<dyn File>, Arc<dyn File>),
         boot: Uuid,
     ) -> Result<(Self, Recovery)> {
-        let domain = domain_of(map.as_ref(), data.as_ref())
-            .context(|| format!("cannot tell the persistence domain of layer {name}"))?;
+        let domain = domain_of(&name, map.as_ref(), data.as_ref())?;
         let active = Self {
             name,
             size,
@@ -505,7 +506,10 @@ impl Active {
             return Ok(Recovery::default());
         }
         let recovery = if untagged {
-            Recovery::default()
+            Recovery {
+                left_dax: true,
+                ..Recovery::default()
+            }
         } else {
             self.discard_live()?
         };
@@ -551,16 +555,30 @@ impl Active {
         .context(context)?;
         Ok(Recovery {
             discarded_clusters: discarded,
+            left_dax: false,
         })
     }
 }
 
-/// An image counts as DAX only if both files of the active layer do.
-fn domain_of(map: &dyn File, data: &dyn File) -> std::io::Result<Domain> {
-    Ok(match (map.domain()?, data.domain()?) {
-        (Domain::Dax, Domain::Dax) => Domain::Dax,
-        _ => Domain::PageCache,
-    })
+/// The domain of a layer's two files, which must be in the same one. With words in one domain and bytes in the other, a
+/// word would be durable before its bytes (I1), or a guest's own flush would not cover the word (I2).
+pub(crate) fn domain_of(layer: &str, map: &dyn File, data: &dyn File) -> Result<Domain> {
+    let context = || format!("cannot tell the persistence domain of layer {layer}");
+    let (of_map, of_data) = (
+        map.domain().context(context)?,
+        data.domain().context(context)?,
+    );
+    if of_map == of_data {
+        return Ok(of_map);
+    }
+    let (file, kind, other) = match of_map {
+        Domain::Dax => (data, "data", "map"),
+        Domain::PageCache => (map, "map", "data"),
+    };
+    let hindrance = file.as_real().and_then(Hindrance::of);
+    let why = hindrance.map_or("is not on DAX", Hindrance::reason);
+    let what = format!("{layer}.{kind} {why}, but {layer}.{other} is on DAX");
+    Err(Error::new(ErrorKind::MixedDomains, what))
 }
 
 /// The states that `map` gives the clusters of `run`, in order.

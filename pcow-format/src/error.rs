@@ -5,6 +5,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
+use crate::medium::Hindrance;
+
 /// What went wrong, as far as a caller may want to act on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -29,6 +31,8 @@ pub enum ErrorKind {
     Locked,
     /// A file that is about to be written has more than one name.
     Linked,
+    /// Of the two files of the active layer only one is on DAX.
+    MixedDomains,
     /// An argument is out of its range.
     InvalidArgument,
     /// The filesystem has no space left.
@@ -95,6 +99,7 @@ impl Error {
             ErrorKind::Linked => Some(
                 "this looks like a copy made with 'cp -al'; copy the image with 'cp -a' or clone it",
             ),
+            ErrorKind::MixedDomains => Hindrance::NotEnabled.advice(),
             ErrorKind::NoSpace => Some("free space on the filesystem and try again"),
             ErrorKind::FlushFailed => Some(
                 "check the medium and the image ('pcow-img check'), then remove the file flush-failed in the image",

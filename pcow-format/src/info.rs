@@ -2,16 +2,18 @@
 //! What an image takes on disk, what it is made of, and what its filesystem grants. Reads only.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::active::domain_of;
 use crate::chain::Owner;
 use crate::error::{IoContext, Result};
 use crate::image::Stored;
 use crate::layer_files::{data_name, map_name};
 use crate::map::{HEADER_BYTES, Header};
-use crate::medium::{Access, Directory, Domain, read_exact_at};
+use crate::medium::{Access, Directory, Domain, File, Hindrance, read_exact_at};
 use crate::root::{Kind, Layer};
 
 /// Storage that the files of a layer take, in bytes.
@@ -88,20 +90,36 @@ impl Stored {
     /// What makes the active layer's stores durable on this filesystem.
     ///
     /// # Errors
-    /// `Io` if a file cannot be opened for writing.
+    /// `Io` if a file cannot be opened for writing, `MixedDomains` if only one of its two files is on DAX.
     pub fn domain(&self) -> Result<Domain> {
         let active = self.root().active;
-        let context = || "cannot tell the persistence domain".to_owned();
+        let map = self.open_to_ask(&map_name(active))?;
+        let data = self.open_to_ask(&data_name(active))?;
+        domain_of(&active.to_string(), map.as_ref(), data.as_ref())
+    }
+
+    /// What keeps the active layer's files from DAX on a device that could do it, with the name of the first such file.
+    ///
+    /// # Errors
+    /// `Io` if a file cannot be opened for writing.
+    pub fn dax_hindrance(&self) -> Result<Option<(String, Hindrance)>> {
+        let active = self.root().active;
         for name in [map_name(active), data_name(active)] {
-            let file = self
-                .directory()
-                .open(&name, Access::Write)
-                .context(context)?;
-            if file.domain().context(context)? == Domain::PageCache {
-                return Ok(Domain::PageCache);
+            let file = self.open_to_ask(&name)?;
+            let context = || "cannot tell the persistence domain".to_owned();
+            if file.domain().context(context)? == Domain::PageCache
+                && let Some(hindrance) = file.as_real().and_then(Hindrance::of)
+            {
+                return Ok(Some((name, hindrance)));
             }
         }
-        Ok(Domain::Dax)
+        Ok(None)
+    }
+
+    fn open_to_ask(&self, name: &str) -> Result<Arc<dyn File>> {
+        self.directory()
+            .open(name, Access::Write)
+            .context(|| "cannot tell the persistence domain".to_owned())
     }
 
     /// The pieces of the disk as the active layer and those below show them, neighbours of one owner joined.

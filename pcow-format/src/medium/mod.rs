@@ -7,6 +7,7 @@
 
 mod dax;
 mod extents;
+mod hindrance;
 pub mod real;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -16,6 +17,8 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+
+pub use hindrance::Hindrance;
 
 /// Identifies one call in the source that changes durable state, for example `snapshot.root.rename`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

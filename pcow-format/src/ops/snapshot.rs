@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Snapshot: the active layer is sealed, and an empty one takes its place.
 
-use crate::error::{IoContext, Result};
+use crate::active::domain_of;
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::Image;
 use crate::layer_files;
-use crate::medium::Access;
+use crate::medium::{Access, Domain};
 use crate::root::{self, Layer, Root};
 
 impl Image {
@@ -29,10 +30,22 @@ impl Image {
         Ok(number)
     }
 
-    /// Creates the files of a layer that is about to join the table.
+    /// Creates the files of a layer that is about to join the table. They must promise as much as the present ones do.
     pub(crate) fn create_layer(&self, layer: &Layer) -> Result<()> {
         let boot = self.stored.environment().boot;
-        layer_files::create(self.directory(), layer, self.root().uuid, boot).map(drop)
+        let pair = layer_files::create(self.directory(), layer, self.root().uuid, boot)?;
+        let domain = domain_of(
+            &layer.uuid.to_string(),
+            pair.map.as_ref(),
+            pair.data.as_ref(),
+        )?;
+        if self.domain() == Domain::Dax && domain != Domain::Dax {
+            // The next opening removes the files (I5).
+            let what = "the image is on DAX, but files that are made in it now are not";
+            return Err(Error::new(ErrorKind::MixedDomains, what));
+        }
+        layer_files::prefer_huge_extents(pair.data.as_ref(), self.root().allocation_unit);
+        Ok(())
     }
 
     /// Makes everything in the active layer durable and marks its row in `root` as sealed.

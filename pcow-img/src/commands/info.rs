@@ -8,7 +8,7 @@ use clap::Args;
 use pcow_format::info::Usage;
 use pcow_format::medium::Domain;
 use pcow_format::root::{self, Kind};
-use pcow_format::{Stored, holder};
+use pcow_format::{ErrorKind, Stored, holder};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -67,6 +67,9 @@ struct ImageInfo {
     persistence_domain: Option<&'static str>,
     /// Whether what a guest has flushed through an nvdimm outlasts a power loss; null if that could not be found out.
     guest_flush_is_durable: Option<bool>,
+    /// What keeps the image from DAX on a device that could do it; absent if nothing does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dax_hindrance: Option<String>,
     /// The process that has the image open for writing, or null.
     in_use_by: Option<String>,
     /// What keeps the disk from being read now.
@@ -124,7 +127,10 @@ impl ImageInfo {
             .map(|layer| layers::describe(stored, layer, path))
             .collect();
         let usage = total(&layers);
-        let domain = stored.domain().ok();
+        let domain = stored.domain();
+        let mut problems = problems(stored);
+        problems.extend(domain.as_ref().err().and_then(mixed_domains));
+        let domain = domain.ok();
         Ok(Self {
             filename: path.to_owned(),
             format: "pcow",
@@ -142,7 +148,8 @@ impl ImageInfo {
             persistence_domain: domain.map(Domain::name),
             guest_flush_is_durable: domain.map(|d| d == Domain::Dax),
             in_use_by: holder(stored.directory())?,
-            problems: problems(stored),
+            dax_hindrance: hindrance(stored),
+            problems,
             picture: layers::draw_all(stored, &layers),
             bases,
             layers,
@@ -164,11 +171,26 @@ fn total(layers: &[LayerInfo]) -> Usage {
 /// What opening the disk would meet.
 fn problems(stored: &Stored) -> Vec<String> {
     let error = stored.chain(stored.root().active).err();
-    let line = |e: pcow_format::Error| match e.advice() {
-        Some(advice) => format!("{}; {advice}", one_line(&e)),
-        None => one_line(&e),
-    };
-    error.into_iter().map(line).collect()
+    error.iter().map(with_advice).collect()
+}
+
+fn with_advice(error: &pcow_format::Error) -> String {
+    match error.advice() {
+        Some(advice) => format!("{}; {advice}", one_line(error)),
+        None => one_line(error),
+    }
+}
+
+/// Other errors of finding out the domain say that this user may not write the image, which is no problem of it.
+fn mixed_domains(error: &pcow_format::Error) -> Option<String> {
+    (error.kind() == ErrorKind::MixedDomains).then(|| with_advice(error))
+}
+
+fn hindrance(stored: &Stored) -> Option<String> {
+    let (file, hindrance) = stored.dax_hindrance().ok()??;
+    let advice = hindrance.advice();
+    let advice = advice.map_or(String::new(), |a| format!("; {a}"));
+    Some(format!("{file} {}{advice}", hindrance.reason()))
 }
 
 /// The bases of the active layer: neighbouring layers of one origin make one.
@@ -222,7 +244,7 @@ fn promises(info: &ImageInfo) -> &'static [&'static str] {
             "- a power loss loses what was written since the last flush on the host",
             "- the guest's own flushes through an nvdimm are not power-fail safe",
         ],
-        None => &["not known: the image's files cannot be opened for writing"],
+        None => &["not known: the image cannot be opened for writing"],
     }
 }
 
@@ -250,6 +272,9 @@ impl fmt::Display for ImageInfo {
         }
         for (index, line) in promises(self).iter().enumerate() {
             row(if index == 0 { "persistence:" } else { "" }, line)?;
+        }
+        if let Some(hindrance) = &self.dax_hindrance {
+            row("not on DAX:", hindrance)?;
         }
         row("in use by:", &self.in_use_by.as_deref().unwrap_or("nobody"))?;
         for problem in &self.problems {
