@@ -17,8 +17,9 @@ const MAX_UNIT_BYTES: u64 = 64 << 10;
 const RUN_BYTES: u64 = 128 << 20;
 /// At most so many clusters on each side: the map is read in one piece of 1 KiB.
 const RUN_CLUSTERS: u64 = 2048;
-/// Storage of existing data is looked after in pieces of this size: giving shared blocks an own copy takes time.
-const STORAGE_BYTES: u64 = 2 << 20;
+/// What a huge page maps. Storage of existing data is looked after in blocks of this size, too: giving shared blocks an own
+/// copy takes time.
+const BLOCK_BYTES: u64 = 2 << 20;
 
 /// Clusters that hold what they cover are looked for in pieces of this size.
 const CLEAN_BYTES: u64 = 2 << 20;
@@ -56,10 +57,10 @@ impl WritableDisk {
 
     fn map_data(&self, cluster: Cluster, claim: &mut Claim) -> Result<Answer> {
         let reach = (RUN_BYTES >> self.cluster_size().bits()).clamp(1, RUN_CLUSTERS);
-        let bounds = ClusterRange::new(
-            cluster.0.saturating_sub(reach),
-            (cluster.0 + reach).min(self.cluster_count()),
-        );
+        // Whole blocks: one of which a part is mapped and touched gets no huge page, not even if it is mapped whole later.
+        let first = self.block_around(Cluster(cluster.0.saturating_sub(reach)));
+        let last = self.block_around(Cluster(cluster.0 + reach));
+        let bounds = ClusterRange::new(first.start, last.end.min(self.cluster_count()));
         let run = self.image.active().data_run(cluster, bounds)?;
         let mut run = self.claim_run(claim, run);
         if !self.image.active().has_storage(run) {
@@ -71,7 +72,7 @@ impl WritableDisk {
     }
 
     fn block_around(&self, cluster: Cluster) -> ClusterRange {
-        let per_block = STORAGE_BYTES >> self.cluster_size().bits();
+        let per_block = BLOCK_BYTES >> self.cluster_size().bits();
         let start = cluster.0 / per_block * per_block;
         ClusterRange::new(start, start + per_block)
     }

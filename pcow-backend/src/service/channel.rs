@@ -288,7 +288,12 @@ impl Channel {
         }
         let slot = self.free_slot(notes)?;
         let source = disk.file(file);
-        let sync = source.domain().is_ok_and(|d| d == Domain::Dax);
+        // What was promised of a writable image is not asked again: a frontend that cannot have it refuses the file.
+        let sync = if disk.read_only() {
+            source.domain().is_ok_and(|d| d == Domain::Dax)
+        } else {
+            disk.is_dax()
+        };
         let mut flags = if sync { REGISTER_SYNC } else { 0 };
         if !disk.read_only() {
             flags |= REGISTER_WRITABLE;

@@ -13,6 +13,8 @@ use crate::disk::Disk;
 const MAX_AHEAD_BYTES: u64 = 4 << 20;
 /// In pieces of this size.
 const PIECE_BYTES: u64 = 1 << 20;
+/// On DAX: what a huge page maps.
+const DAX_PIECE_BYTES: u64 = 2 << 20;
 
 #[derive(Debug, Default)]
 struct State {
@@ -56,7 +58,11 @@ impl Preparer {
         }
         state.last_end = bytes.end;
         let ahead = state.sequence.min(MAX_AHEAD_BYTES);
-        let end = (bytes.end + ahead).min(self.disk.size());
+        let mut end = (bytes.end + ahead).min(self.disk.size());
+        if self.disk.is_dax() {
+            // A block of which a part was reserved alone may never be one extent.
+            end -= end % DAX_PIECE_BYTES;
+        }
         // Half of it may be used up before more is prepared, or each fault would wake the thread.
         if state.prepared_to + ahead / 2 < end {
             let start = state.prepared_to.max(bytes.end);
@@ -70,12 +76,20 @@ impl Preparer {
     pub(super) fn work(&self) {
         while let Some(mut wanted) = self.next() {
             while wanted.start < wanted.end && !self.lock().stopping {
-                let piece = wanted.start..wanted.end.min(wanted.start + PIECE_BYTES);
+                let piece = first_piece(&wanted, self.piece_bytes());
                 if !self.prepare(&piece) {
                     break;
                 }
                 wanted.start = piece.end;
             }
+        }
+    }
+
+    fn piece_bytes(&self) -> u64 {
+        if self.disk.is_dax() {
+            DAX_PIECE_BYTES
+        } else {
+            PIECE_BYTES
         }
     }
 
@@ -115,5 +129,23 @@ impl Preparer {
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is a hint: any value of it is valid.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The first part of `wanted`, up to the next multiple of `piece_bytes`.
+fn first_piece(wanted: &Range<u64>, piece_bytes: u64) -> Range<u64> {
+    let boundary = (wanted.start + 1).next_multiple_of(piece_bytes);
+    wanted.start..wanted.end.min(boundary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_piece;
+
+    #[test]
+    fn pieces_end_where_a_huge_page_does() {
+        assert_eq!(first_piece(&(5..100), 32), 5..32);
+        assert_eq!(first_piece(&(32..100), 32), 32..64);
+        assert_eq!(first_piece(&(96..100), 32), 96..100);
     }
 }
