@@ -261,9 +261,15 @@ impl Active {
             return Ok(());
         }
         let range = self.cluster.byte_range(run);
-        self.data
-            .reserve(Site("active.ensure.reserve"), range)
-            .context(|| format!("cannot reserve space in layer {}", self.name))?;
+        // On DAX a reservation, even one that finds everything there, leaves the inode to the journal, and the next fault
+        // of the guest waits for that. A filesystem that does not tell is asked to reserve.
+        let has_own =
+            self.domain == Domain::Dax && self.data.has_own_storage(range.clone()).unwrap_or(false);
+        if !has_own {
+            self.data
+                .reserve(Site("active.ensure.reserve"), range)
+                .context(|| format!("cannot reserve space in layer {}", self.name))?;
+        }
         self.ready().set(run, true);
         Ok(())
     }

@@ -132,6 +132,9 @@ pub trait File: Debug + Send + Sync {
     /// Asks the filesystem to allocate aligned extents of `bytes`, a power of two, from now on. Changes no content, and
     /// nothing rests on it.
     fn prefer_extents(&self, bytes: u64) -> io::Result<()>;
+    /// Whether all of the range has written storage of its own already, as far as the filesystem tells. Changes nothing,
+    /// where [`File::reserve`] changes the file's times at least.
+    fn has_own_storage(&self, range: Range<u64>) -> io::Result<bool>;
     /// Gives storage back; the range reads zero afterwards.
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()>;
     /// The first range at or after `from` that may hold something other than zeros, as far as the filesystem tells.

@@ -352,6 +352,10 @@ impl File for RealFile {
         extents::prefer(&self.file, bytes)
     }
 
+    fn has_own_storage(&self, range: Range<u64>) -> io::Result<bool> {
+        extents::are_settled(&self.file, range)
+    }
+
     fn punch(&self, _: Site, range: Range<u64>) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(self.fallocate(flags, &range)?)

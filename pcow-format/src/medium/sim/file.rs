@@ -113,6 +113,11 @@ impl File for SimFile {
         Ok(())
     }
 
+    fn has_own_storage(&self, range: Range<u64>) -> io::Result<bool> {
+        let data = self.next_data(range.start)?;
+        Ok(data.is_some_and(|d| d.start <= range.start && d.end >= range.end))
+    }
+
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()> {
         self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
     }
