@@ -57,6 +57,7 @@ on_filesystem() {
     fs=$1
     prepare "$fs/mount" mount_dax "$fs" || return
     step "$fs/info" image_is_dax
+    step "$fs/dax" rust_test pcow-tests.dax
     step "$fs/frontend" rust_test pcow-protocol.frontend
     step "$fs/guest" guest_boots_twice
     step "$fs/clone" guest_changes_a_clone
@@ -64,6 +65,8 @@ on_filesystem() {
         step "$fs/rollback" guest_sees_a_rollback
         step "$fs/clones" guests_change_clones
         step "$fs/default-unit" guest_writes_with_the_default_unit
+        step "$fs/domains" domains "$fs"
+        step "$fs/huge-pages" guest_has_huge_pages
         step "$fs/format-parts" rust_test pcow-format.pcow_format
         step "$fs/format" rust_test pcow-format.image
         step "$fs/environment" rust_test pcow-protocol.environment

@@ -16,6 +16,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod scratch;
+pub mod trace;
 pub mod waiting;
 
 use std::path::PathBuf;

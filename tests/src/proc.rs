@@ -12,6 +12,24 @@ pub fn descriptor_count(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// The state of the thread `name` of the process `pid`, as in proc_pid_stat(5): `S` for one that waits for others.
+///
+/// # Panics
+/// If the process has no such thread.
+pub fn thread_state(pid: u32, name: &str) -> char {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+    let of_name = |stat: String| {
+        let (head, rest) = stat.rsplit_once(") ")?;
+        let (_, found) = head.split_once('(')?;
+        (found == name).then(|| rest.chars().next())?
+    };
+    stats
+        .filter_map(of_name)
+        .next()
+        .unwrap_or_else(|| panic!("no thread {name}"))
+}
+
 /// Lets this process open as many files as it may: a chain of a thousand layers takes two for each.
 pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
@@ -36,6 +54,8 @@ pub struct Mapping {
     pub file: String,
     /// Bytes of anonymous pages in it.
     pub anonymous_bytes: u64,
+    /// As in `VmFlags`: `sf` for a synchronous mapping.
+    pub flags: Vec<String>,
 }
 
 /// The mappings of this process that lie in a region.
@@ -50,6 +70,9 @@ pub fn mappings(region: &GuestRegion) -> Vec<Mapping> {
         } else if let Some(kib) = line.strip_prefix("Anonymous:") {
             let kib: u64 = kib.trim().trim_end_matches(" kB").parse().unwrap();
             mappings.last_mut().unwrap().anonymous_bytes = kib << 10;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let flags = flags.split_whitespace().map(str::to_owned);
+            mappings.last_mut().unwrap().flags = flags.collect();
         }
     }
     mappings.retain(|m| m.addresses.start >= whole.start && m.addresses.end <= whole.end);
@@ -67,5 +90,6 @@ fn head(line: &str) -> Option<Mapping> {
         access: fields.next()?.to_owned(),
         file: fields.nth(3).unwrap_or_default().to_owned(),
         anonymous_bytes: 0,
+        flags: Vec::new(),
     })
 }

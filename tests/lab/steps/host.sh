@@ -20,11 +20,11 @@ mount_dax() {
     mkdir -p "$DAX"
     case $1 in
     ext4)
-        mkfs.ext4 -q -F -b 4096 /dev/pmem0
+        mkfs.ext4 -q -F -b 4096 -E stride=512 /dev/pmem0
         mount -t ext4 -o dax /dev/pmem0 "$DAX"
         ;;
     xfs)
-        mkfs.xfs -q -f /dev/pmem0
+        mkfs.xfs -q -f -d su=2m,sw=1 /dev/pmem0
         mount -t xfs -o dax=always /dev/pmem0 "$DAX"
         ;;
     esac

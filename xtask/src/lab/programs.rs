@@ -16,6 +16,7 @@ const TESTS: &[(&str, &str)] = &[
     ("pcow-protocol", "environment"),
     ("pcow-protocol", "frontend"),
     ("pcow-protocol", "uffd"),
+    ("pcow-tests", "dax"),
     ("pcow-tests", "mapping_budget"),
     ("pcow-tests", "random_touch"),
 ];

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Whether KVM maps an image with huge pages in its second-level tables, as its statistics tell.
+
+STATISTICS=/sys/kernel/debug/kvm
+
+# Notes the most entries of 2 MiB that a guest has had, until the guest is over.
+watch_huge_pages() {
+    most=0
+    while [ ! -e /tmp/guest.over ]; do
+        now=$(cat "$STATISTICS"/*-*/pages_2m 2>/dev/null | sort -n | tail -n 1)
+        if [ "${now:-0}" -gt "$most" ]; then most=$now; fi
+        echo "$most" >/tmp/huge
+        usleep 100000
+    done
+}
+
+# huge_pages_of_guest [OPTION]...: of a guest that makes a filesystem and writes files on a new image with these options.
+huge_pages_of_guest() {
+    rm -f /tmp/guest.over
+    watch_huge_pages &
+    watcher=$!
+    pcow-img create "$@" "$DAX/huge.pcow" 256M
+    guest "$DAX/huge.pcow" write one
+    touch /tmp/guest.over
+    wait "$watcher"
+    rm -r "$DAX/huge.pcow"
+    echo "huge pages: $(cat /tmp/huge)"
+}
+
+guest_has_huge_pages() {
+    grep -q "$STATISTICS\|/sys/kernel/debug " /proc/mounts || mount -t debugfs debugfs /sys/kernel/debug
+    # Those of the guest's other memory must not count. It makes no difference to DAX.
+    echo never >/sys/kernel/mm/transparent_hugepage/enabled
+    huge_pages_of_guest
+    [ "$(cat /tmp/huge)" -gt 0 ] || fail "the guest had no huge pages"
+    # The control: what is mapped in small units has none, so that the number speaks of the image.
+    huge_pages_of_guest --allocation-unit 64K
+    [ "$(cat /tmp/huge)" = 0 ] || fail "there are huge pages that the image cannot have"
+}
