@@ -70,7 +70,9 @@ pub struct Counters {
     pub second: AtomicU64,
     /// The ones that were served as stores at once.
     pub on_touch: AtomicU64,
-    /// Bytes that were only read and were given back.
+    /// Bytes that became data for what may have been a load, and of those, what was given back.
+    pub maybe_clean: AtomicU64,
+    /// See `maybe_clean`.
     pub given_back: AtomicU64,
     /// MAPs sent.
     pub maps: AtomicU64,
@@ -318,17 +320,16 @@ impl Stopped {
             self.0.channel.run_count(),
             self.0.copies.bytes() >> 10,
         );
-        if of(&c.unknown) > 0 {
-            log::info!(
-                "unknown direction: {} bounced, {} taken for stores after a bounce, {} copied on touch; {} KiB maybe clean, \
-                 {} KiB given back",
-                of(&c.bounced),
-                of(&c.second),
-                of(&c.on_touch),
-                self.0.disk.maybe_clean_bytes() >> 10,
-                of(&c.given_back) >> 10,
-            );
-        }
+        let cluster = self.0.disk.scope(0).end;
+        log::info!(
+            "unknown direction: {} bounced, {} taken for stores after a bounce, {} copied on touch; {} clusters maybe \
+             clean, {} given back",
+            of(&c.bounced),
+            of(&c.second),
+            of(&c.on_touch),
+            of(&c.maybe_clean) / cluster,
+            of(&c.given_back) / cluster,
+        );
     }
 
     /// Why the session ended, if not by the frontend's own wish.

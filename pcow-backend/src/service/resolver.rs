@@ -2,6 +2,7 @@
 //! One fault, from the look-up to its answer, inside its claim (F1).
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pcow_protocol::uffd::{CopyMode, CopyOutcome};
@@ -66,6 +67,10 @@ impl Resolver<'_> {
             Ok(Answer::Map { bytes, file, fresh }) => {
                 if fresh && self.fault.touch != (Touch::Store { sure: true }) {
                     s.disk.note_maybe_clean(&bytes);
+                    // Only ever read for display.
+                    s.counters
+                        .maybe_clean
+                        .fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
                 }
                 self.map(&bytes, file, access)
             }

@@ -6,7 +6,6 @@
 //! conditions KVM answers a missing page with an *asynchronous page fault*: a kernel thread asks for write access,
 //! whatever the guest wanted. Every guest with an operating system runs like this.
 
-pub mod adapter;
 mod slots;
 mod vcpu;
 

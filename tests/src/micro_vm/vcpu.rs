@@ -6,10 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use pcow_protocol::frontend::Frontend;
+use pcow_protocol::frontend::{Bounces, Frontend};
 use rustix::io::Errno;
 
-use super::adapter::{Bounces, HasBounces};
 use super::slots::{Slots, TRANSFER_BYTES};
 
 /// What every processor runs, from address 0 on, with its work in its registers:

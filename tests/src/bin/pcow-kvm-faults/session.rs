@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An image that is served to a machine, and the end of that.
 
-use pcow_protocol::frontend::Frontend;
+use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
-use pcow_tests::micro_vm::adapter::{bounce_counts, options};
 use pcow_tests::micro_vm::{FaultPath, MicroVm};
 
 use crate::PROCESSORS;
@@ -56,7 +55,11 @@ impl Session {
     /// Serves `image` to a machine.
     pub fn start(image: &TestImage, how: Options<'_>) -> Self {
         let backend = Backend::start(&image.path, how.backend);
-        let frontend = Frontend::connect(backend.socket(), &options(how.bounce)).unwrap();
+        let options = FrontendOptions {
+            bounce: how.bounce,
+            ..FrontendOptions::default()
+        };
+        let frontend = Frontend::connect(backend.socket(), &options).unwrap();
         let machine = MicroVm::new(&frontend, PROCESSORS, how.path);
         Self {
             machine,
@@ -75,8 +78,10 @@ impl Session {
         let repeated = machine.repeated_entries();
         drop(machine);
         let counted = frontend.mapping_counts();
-        let (bounces, refused) = bounce_counts(counted);
-        println!("  {bounces} bounces and {refused} refused; {repeated} entries repeated");
+        println!(
+            "  {} bounces and {} refused; {repeated} entries repeated",
+            counted.bounces, counted.refused_bounces
+        );
         if end == End::FrontendFirst {
             drop(frontend);
             backend.wait_for_log("frontend detached");
