@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which pages were bounced, and when each moment is over (`protocol.md` section 5.3).
 //!
-//! A moment must last until the worker has met it: it was given a processor after the wake-up. A thread of its own looks
-//! for that, so that neither a resolver nor the frontend sleeps. Ending too early costs a copy that nobody needed; the
-//! frontend ends late moments by itself.
+//! A moment must last until the worker has met it: it was given a processor after the wake-up, and does not want it any
+//! more. A thread of its own looks for that, so that neither a resolver nor the frontend sleeps. Ending too early costs a
+//! copy that nobody needed; the frontend ends late moments by itself.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -16,12 +16,13 @@ use super::origin::Worker;
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// How often open moments are looked at.
 const LOOK: Duration = Duration::from_micros(20);
-/// From when the worker runs until its request has failed.
-const GRACE: Duration = Duration::from_micros(30);
+/// For how long a worker that was given a processor and is not idle may still be on its way to fail: it may wait for the
+/// lock of the address space. Most often it has gone on to other work.
+const GRACE: Duration = Duration::from_millis(20);
 /// How long a moment lasts when the kernel does not tell of the worker.
 const BLIND: Duration = Duration::from_micros(200);
-/// How long it lasts at most; the frontend gives it 10 ms.
-const LONGEST: Duration = Duration::from_millis(8);
+/// How long it lasts at most, on a host where the worker is not given a processor; the frontend gives it a second.
+const LONGEST: Duration = Duration::from_millis(900);
 
 /// A moment that was ordered.
 #[derive(Debug)]
@@ -44,7 +45,8 @@ impl Moment {
         if self.ran.is_none() && self.worker.runs().is_none_or(|runs| runs > before) {
             self.ran = Some(now);
         }
-        age >= LONGEST || self.ran.is_some_and(|ran| now - ran >= GRACE)
+        let met = |ran| now - ran >= GRACE || self.worker.is_idle();
+        age >= LONGEST || self.ran.is_some_and(met)
     }
 }
 
@@ -203,7 +205,8 @@ mod tests {
         moment.runs_before = None;
         assert!(!moment.is_over(begin) && moment.is_over(begin + BLIND));
         moment.runs_before = Some(0);
-        assert!(!moment.is_over(begin + BLIND), "it has only begun to run");
+        moment.is_over(begin + BLIND);
+        assert!(moment.ran.is_some(), "it has run since");
         assert!(moment.is_over(begin + BLIND + GRACE));
     }
 

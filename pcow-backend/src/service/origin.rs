@@ -58,6 +58,14 @@ impl Worker {
         text.split_whitespace().nth(2)?.parse().ok()
     }
 
+    /// Whether it has no work; true also if it is gone. One that waits for a lock or for memory has some.
+    pub(super) fn is_idle(&self) -> bool {
+        // The third field, after the name in parentheses, which may contain anything.
+        let text = read(&self.stat).unwrap_or_default();
+        let state = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        !state.starts_with(['R', 'D'])
+    }
+
     /// Whether it is still the thread that it was.
     fn exists(&self) -> bool {
         read(&self.stat).is_ok()
@@ -189,7 +197,12 @@ pub(super) mod tests {
         assert_eq!(origins.of(u32::try_from(own).unwrap()), Origin::Storing);
         let worker = some_worker_number();
         assert_eq!(origins.of(worker), Origin::Worker);
-        assert!(origins.worker(worker).unwrap().runs().is_some());
+        let worker = origins.worker(worker).unwrap();
+        assert!(worker.runs().is_some());
+        // One that has work now has none a moment later.
+        while !worker.is_idle() {
+            std::thread::yield_now();
+        }
         assert_eq!(origins.of(1), Origin::Unclear, "init is no part of this");
         assert_eq!(Origins::new(0).of(u32::MAX), Origin::Unclear);
     }

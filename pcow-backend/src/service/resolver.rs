@@ -74,7 +74,13 @@ impl Resolver<'_> {
                 }
                 self.map(&bytes, file, access)
             }
-            Ok(Answer::Copy(bytes)) => self.copy(&bytes, scratch),
+            Ok(Answer::Copy(bytes)) => match self.fault.touch {
+                Touch::Unknown {
+                    worker,
+                    present: true,
+                } => self.bounce(worker, &bytes),
+                _ => self.copy(&bytes, scratch),
+            },
             Err(e) => {
                 self.stall(&e);
                 Ok(())
@@ -206,10 +212,12 @@ impl Resolver<'_> {
         };
         let mut done = 0;
         let mut skipped = false;
+        let mut most = buf.len();
         while done < buf.len() {
             let to = s.base + start + u64_of(done);
-            match s.uffd.copy(to, &buf[done..], mode)? {
-                CopyOutcome::Done => done = buf.len(),
+            let end = buf.len().min(done + most);
+            match s.uffd.copy(to, &buf[done..end], mode)? {
+                CopyOutcome::Done => done = end,
                 CopyOutcome::Partial(bytes) => done += usize_of(bytes),
                 // That page came with an earlier copy that was cut short; whoever waits for it is woken below.
                 CopyOutcome::Exists => {
@@ -224,6 +232,8 @@ impl Resolver<'_> {
                     return Ok(false);
                 }
                 CopyOutcome::NoMemory => self.evict_some()?,
+                // A page of it has a moment: that is a mapping of its own, and no copy crosses its edges (F3).
+                CopyOutcome::NoEntry if most > usize_of(PAGE_BYTES) => most = usize_of(PAGE_BYTES),
                 CopyOutcome::NoEntry => {
                     return Err(Error::io(
                         "copy outside of the trap",
