@@ -61,8 +61,10 @@ on_filesystem() {
     step "$fs/frontend" rust_test pcow-protocol.frontend
     step "$fs/guest" guest_boots_twice
     step "$fs/clone" guest_changes_a_clone
+    step "$fs/reading" guest_reads_without_allocating 64
     if [ "$LAB_FORM" = full ]; then
         step "$fs/rollback" guest_sees_a_rollback
+        step "$fs/reading-all" guest_reads_without_allocating 512
         step "$fs/clones" guests_change_clones
         step "$fs/default-unit" guest_writes_with_the_default_unit
         step "$fs/domains" domains "$fs"

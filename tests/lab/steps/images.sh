@@ -121,3 +121,35 @@ guest_sees_a_rollback() {
     pcow-img check "$image"
     rm -r "$image"
 }
+
+# assert_shared IMAGE BEFORE LOG MIB: loads of all of the disk of MIB have allocated under one in a hundred
+# of its clusters, neither in the end nor for a while, until they were given back.
+assert_shared() {
+    growth=$(($(taken "$1") - $2))
+    copied=$(($(logged "taken for stores" "$3") + $(logged "copied on touch" "$3")))
+    echo "$1 has grown by $growth KiB, of $4 MiB that were loaded; $copied clusters were copied"
+    [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "loads have allocated"
+    [ $((copied * 100)) -lt $(($4 * 16)) ] || fail "loads were taken for stores"
+}
+
+# guest_reads_without_allocating MIB: an empty disk and one with a full base, of MIB each. A kernel worker
+# asks for write access in place of a vCPU that loads; BOUNCE of protocol.md tells it from a store.
+guest_reads_without_allocating() {
+    mib=$1
+    empty=$DAX/empty.pcow
+    clone=$DAX/full.pcow
+    dd if=/dev/urandom of="$DAX/full.raw" bs=1M count="$mib" 2>/dev/null
+    pcow-img create --allocation-unit 64K "$empty" "${mib}M"
+    pcow-img create --allocation-unit 64K --base "$DAX/full.raw" --base-format raw "$clone"
+    empty_before=$(taken "$empty")
+    clone_before=$(taken "$clone")
+    guest "$empty $clone" read
+    told sum | sort >/tmp/told
+    for disk in "$DAX/full.raw" /dev/zero; do
+        dd if="$disk" bs=1M count="$mib" 2>/dev/null | md5sum
+    done | sort >/tmp/expected
+    cmp /tmp/told /tmp/expected
+    assert_shared "$empty" "$empty_before" /tmp/backend0.log "$mib"
+    assert_shared "$clone" "$clone_before" /tmp/backend1.log "$mib"
+    rm -r "$empty" "$clone" "$DAX/full.raw"
+}
