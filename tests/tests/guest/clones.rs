@@ -118,7 +118,7 @@ fn check(image: &Path, changes: &[&Changes]) {
 }
 
 #[test]
-fn three_clones_and_a_clone_of_a_clone_see_their_own_bytes_and_leave_the_base_alone() {
+fn clones_and_a_clone_of_a_clone_see_their_own_bytes_and_leave_the_base_alone() {
     let of_clone = |seed, looks_first, disk| Changes {
         seed,
         stored: seed - 10,
@@ -130,12 +130,13 @@ fn three_clones_and_a_clone_of_a_clone_see_their_own_bytes_and_leave_the_base_al
         of_clone(10, true, "aio=threads"),
         of_clone(11, false, "aio=threads,cache=none"),
         of_clone(12, false, "aio=native,cache=none"),
+        of_clone(13, false, "aio=io_uring,cache=none"),
     ];
     let scratch = Scratch::new();
     let base = make_base(&scratch);
     let disk = make_disk(&scratch);
     let data = checksums(&base, &[".data"]);
-    let clones = [0, 1, 2].map(|i| scratch.clone_of(&format!("clone{i}"), &base, CLUSTER));
+    let clones = [0, 1, 2, 3].map(|i| scratch.clone_of(&format!("clone{i}"), &base, CLUSTER));
     let everything = checksums(&base, &["image.json", ".map", ".data", "lock"]);
 
     std::thread::scope(|scope| {
