@@ -48,6 +48,7 @@ const GUEST: Recipe = Recipe {
         module("dax_pmem"),
         module("virtio"),
         module("virtio_pci"),
+        module("virtio_balloon"),
         module("virtio_blk"),
         module("virtio_net"),
         module("virtio_pmem"),

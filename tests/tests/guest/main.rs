@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod clones;
+mod devices;
 mod monitor;
 mod refusals;
 mod snapshots;
