@@ -56,6 +56,15 @@ is_chosen() {
 on_filesystem() {
     fs=$1
     prepare "$fs/mount" mount_dax "$fs" || return
+    if [ "$LAB_FORM" = bench ]; then
+        step "$fs/bench" bench
+    else
+        tests_on_filesystem
+    fi
+    prepare "$fs/unmount" unmount_dax
+}
+
+tests_on_filesystem() {
     step "$fs/info" image_is_dax
     step "$fs/dax" rust_test pcow-tests.dax
     step "$fs/frontend" rust_test pcow-protocol.frontend
@@ -66,6 +75,9 @@ on_filesystem() {
         step "$fs/rollback" guest_sees_a_rollback
         step "$fs/reading-all" guest_reads_without_allocating 512
         step "$fs/clones" guests_change_clones
+        step "$fs/disks" disks_read_into_dax_memory
+        step "$fs/network" network_sends_from_dax_memory
+        step "$fs/merging" no_store_is_lost_to_merging
         step "$fs/default-unit" guest_writes_with_the_default_unit
         step "$fs/domains" domains "$fs"
         step "$fs/huge-pages" guest_has_huge_pages
@@ -81,7 +93,6 @@ on_filesystem() {
     else
         step "$fs/kvm-faults" rust_test pcow-tests.pcow-kvm-faults --short
     fi
-    prepare "$fs/unmount" unmount_dax
 }
 
 mkdir -p /dev/shm /sys/kernel/debug
@@ -91,7 +102,7 @@ ip link set lo up
 stty -F "$REPORTS" raw
 
 case $LAB_FORM in
-short) filesystems=ext4 ;;
+short | bench) filesystems=ext4 ;;
 full) filesystems="ext4 xfs" ;;
 shell)
     sh -eu /lab/steps.sh make_namespace

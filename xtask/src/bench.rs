@@ -4,8 +4,11 @@
 //! What is measured and how is the bench program's own affair (`tests/src/bin/pcow-bench`).
 
 use std::path::PathBuf;
+use std::process::Command;
 
+use crate::cache::Cache;
 use crate::error::{Error, Result};
+use crate::lab::{self, Value};
 use crate::run;
 
 /// What is built: the program that measures, and the one that is measured.
@@ -29,13 +32,16 @@ pub struct Arguments {
     /// A folder on the filesystem to measure besides tmpfs, instead of that for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// Ratios only, of very few rounds: here, and on a DAX filesystem in the lab host
+    #[arg(long, conflicts_with = "quick")]
+    lab: bool,
 }
 
 /// Prints the tables to standard output.
 ///
 /// # Errors
 /// Something cannot be built or measured; the reason was printed.
-pub fn command(arguments: &Arguments) -> Result<()> {
+pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     let mut build = run::cargo(&["build", "--release"]);
     finish(build.args(PROGRAMS))?;
     let mut bench = run::cargo(&["run", "--quiet", "--release", "--package", "pcow-tests"]);
@@ -48,10 +54,27 @@ pub fn command(arguments: &Arguments) -> Result<()> {
         let dir = std::path::absolute(dir).map_err(Error::file("find", dir))?;
         bench.arg("--dir").arg(dir);
     }
+    if arguments.lab {
+        return compare(cache, bench.arg("--ratios"));
+    }
     finish(&mut bench)
 }
 
-fn finish(command: &mut std::process::Command) -> Result<()> {
+/// Prints what `bench` says here beside what it says in the lab host.
+fn compare(cache: &Cache, bench: &mut Command) -> Result<()> {
+    let here = run::capture(bench)?;
+    let there = lab::bench(cache)?;
+    println!("| to the least that is possible | here | lab host, ext4 with DAX, emulated |");
+    println!("|---|---|---|");
+    for value in here.lines().filter_map(Value::parse) {
+        let same = there.iter().find(|other| other.name == value.name);
+        let number = same.map_or("not measured", |other| &other.number);
+        println!("| {} | {} | {number} |", value.name, value.number);
+    }
+    Ok(())
+}
+
+fn finish(command: &mut Command) -> Result<()> {
     if run::shown(command)? {
         return Ok(());
     }

@@ -78,7 +78,7 @@ impl Task {
             Self::Qemu(arguments) => qemu::command(&cache, &arguments),
             Self::Guest(arguments) => guest::command(&cache, &arguments),
             Self::Lab(arguments) => lab::command(&cache, &arguments),
-            Self::Bench(arguments) => bench::command(&arguments),
+            Self::Bench(arguments) => bench::command(&cache, &arguments),
             Self::Demo(arguments) => demo::command(&cache, &arguments),
             Self::Test(arguments) => test::command(&cache, &arguments),
         }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! /script                      runs /lab/host.sh
-//! /lab/                        tests/lab, pcow-backend, pcow-img
+//! /lab/                        tests/lab, pcow-backend, pcow-img, pcow-bench
 //! /lab/deps/<package>.<test>   tests; they find programs one folder up
 //! /lab/machine/                kernel and initramfs of the guest inside, with pcow-guest-io
 //! /usr/bin/qemu-system-x86_64  and firmware where that QEMU looks for it

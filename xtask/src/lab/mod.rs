@@ -29,6 +29,8 @@ use contents::Contents;
 use machine::Machine;
 use report::{Report, tail_of};
 
+pub use report::Value;
+
 /// Arguments of `cargo xtask lab`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -145,7 +147,15 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
 /// # Errors
 /// As [`command`].
 pub fn short(cache: &Cache) -> Result<()> {
-    Lab::new(cache)?.run("bookworm", Form::Short, &[])
+    Lab::new(cache)?.run("bookworm", Form::Short, &[]).map(drop)
+}
+
+/// Measures on the lab host's DAX filesystem, and returns what `pcow-bench --ratios` says there.
+///
+/// # Errors
+/// As [`command`].
+pub fn bench(cache: &Cache) -> Result<Vec<Value>> {
+    Lab::new(cache)?.run("bookworm", Form::Bench, &[])
 }
 
 /// What the lab host is to do.
@@ -153,6 +163,7 @@ pub fn short(cache: &Cache) -> Result<()> {
 enum Form {
     Short,
     Full,
+    Bench,
     Shell,
 }
 
@@ -162,6 +173,7 @@ impl Form {
         let form = match self {
             Self::Short => "short",
             Self::Full => "full",
+            Self::Bench => "bench",
             Self::Shell => "shell",
         };
         format!("LAB_FORM={form} LAB_STEPS={}", steps.join(","))
@@ -187,7 +199,7 @@ impl<'a> Lab<'a> {
         Ok(Self { cache, contents })
     }
 
-    fn run(&self, release: &'static str, form: Form, steps: &[String]) -> Result<()> {
+    fn run(&self, release: &'static str, form: Form, steps: &[String]) -> Result<Vec<Value>> {
         let base = HOST.build(self.cache, Some(release))?;
         let part = format!("lab-{release}");
         let _lock = self.cache.lock(&part)?;
@@ -203,8 +215,8 @@ impl<'a> Lab<'a> {
             environment: &form.environment(steps),
         };
         let outcome = match form {
-            Form::Shell => machine.run_on_terminal(),
-            Form::Short | Form::Full => run_steps(&machine, release),
+            Form::Shell => machine.run_on_terminal().map(|()| Vec::new()),
+            Form::Short | Form::Full | Form::Bench => run_steps(&machine, release),
         };
         // They take much space; the log stays.
         cache::remove_folder(&work)?;
@@ -212,7 +224,8 @@ impl<'a> Lab<'a> {
     }
 }
 
-fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<()> {
+/// Returns what was measured.
+fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
     eprintln!(
         "the lab host with the kernel of {release}; its log is {}",
         machine.log.display()
@@ -232,7 +245,7 @@ fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<()> {
     });
     eprintln!("  in all {}", run::seconds(begin.elapsed()));
     let fault = match (report.fault(), ended) {
-        (None, Ok(())) => return Ok(()),
+        (None, Ok(())) => return Ok(report.into_values()),
         (Some(fault), Ok(())) => fault,
         (None, Err(error)) => error.to_string(),
         (Some(fault), Err(error)) => format!("{fault}; {error}"),

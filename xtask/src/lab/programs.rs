@@ -21,8 +21,12 @@ const TESTS: &[(&str, &str)] = &[
     ("pcow-tests", "random_touch"),
 ];
 
-/// The other programs: what is tested, and what tests start.
-const BINARIES: &[(&str, &str)] = &[("pcow-backend", "pcow-backend"), ("pcow-img", "pcow-img")];
+/// The other programs: what is tested, what tests start, and what measures.
+const BINARIES: &[(&str, &str)] = &[
+    ("pcow-backend", "pcow-backend"),
+    ("pcow-img", "pcow-img"),
+    ("pcow-tests", "pcow-bench"),
+];
 
 /// What runs in the guest inside of the lab host.
 const GUEST: (&str, &str) = ("pcow-tests", "pcow-guest-io");

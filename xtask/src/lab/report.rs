@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the lab host says of its steps, and the judgement of it.
 //!
-//! Its lines are `LAB-STEP <name> ok`, `LAB-STEP <name> FAILED` and, at the end,
-//! `LAB-RESULT <passed> <failed>`; any other line is none of its reports. Knows no machine.
+//! Its lines are `LAB-STEP <name> ok`, `LAB-STEP <name> FAILED`, `LAB-VALUE <what>: <number>` and, at
+//! the end, `LAB-RESULT <passed> <failed>`; any other line is none of its reports. Knows no machine.
 
 /// Lines of a failed step's log that are shown.
 const SHOWN_LINES: usize = 40;
@@ -16,16 +16,42 @@ pub struct Step {
     pub passed: bool,
 }
 
+/// Something that was measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
+    /// What.
+    pub name: String,
+    /// How much.
+    pub number: String,
+}
+
+impl Value {
+    /// Reads `<what>: <number>`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (name, number) = text.trim().rsplit_once(": ")?;
+        number.parse::<f64>().ok()?;
+        Some(Self {
+            name: name.to_string(),
+            number: number.to_string(),
+        })
+    }
+}
+
 /// What was reported so far.
 #[derive(Debug, Default)]
 pub struct Report {
     steps: Vec<Step>,
+    values: Vec<Value>,
     result: Option<(usize, usize)>,
 }
 
 impl Report {
     /// Takes in one line, and returns the step if the line is about one.
     pub fn take(&mut self, line: &str) -> Option<&Step> {
+        if let Some(value) = line.strip_prefix("LAB-VALUE ") {
+            self.values.extend(Value::parse(value));
+            return None;
+        }
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["LAB-STEP", name, outcome @ ("ok" | "FAILED")] => {
@@ -41,6 +67,11 @@ impl Report {
             }
             _ => None,
         }
+    }
+
+    /// What was measured.
+    pub fn into_values(self) -> Vec<Value> {
+        self.values
     }
 
     /// The steps that failed.
@@ -123,6 +154,17 @@ mod tests {
         assert_eq!(fault(&lines).unwrap(), "failed: a");
         let cut = fault(&lines[..1]).unwrap();
         assert!(cut.starts_with("failed: a; no result came"), "{cut}");
+    }
+
+    #[test]
+    fn values_are_names_with_a_number() {
+        let mut report = Report::default();
+        for line in ["LAB-VALUE a, b: 1.25", "LAB-VALUE c: none", "d: 2"] {
+            assert_eq!(report.take(line), None);
+        }
+        let values = report.into_values();
+        assert_eq!(values.len(), 1);
+        assert_eq!((&*values[0].name, &*values[0].number), ("a, b", "1.25"));
     }
 
     #[test]

@@ -52,19 +52,39 @@ struct Row {
 
 /// Prints one table row for each combination, on `place`.
 pub fn report(place: &Place, effort: &Effort) {
-    for touch in [Touch::Allocation, Touch::CopyOnWrite] {
-        for order in [Order::Sequential, Order::Random] {
-            for storage in [Storage::Prepared, Storage::Unprepared] {
-                let row = Row {
+    for row in rows() {
+        let result = Setting::new(place, row, effort).measure(effort);
+        println!("{}", result.text(place, row));
+    }
+}
+
+/// Prints the ratio of the medians for each combination, on `place`.
+pub fn ratios(place: &Place, effort: &Effort) {
+    for row in rows() {
+        let result = Setting::new(place, row, effort).measure(effort);
+        println!(
+            "first store, {:?}, {:?}, {:?}: {:.2}",
+            row.touch,
+            row.order,
+            row.storage,
+            result.ratio(0.0, |l| l.p50_us)
+        );
+    }
+}
+
+fn rows() -> impl Iterator<Item = Row> {
+    let touches = [Touch::Allocation, Touch::CopyOnWrite].into_iter();
+    touches.flat_map(|touch| {
+        [Order::Sequential, Order::Random]
+            .into_iter()
+            .flat_map(move |order| {
+                [Storage::Prepared, Storage::Unprepared].map(move |storage| Row {
                     touch,
                     order,
                     storage,
-                };
-                let result = Setting::new(place, row, effort).measure(effort);
-                println!("{}", result.text(place, row));
-            }
-        }
-    }
+                })
+            })
+    })
 }
 
 /// Prints the head of the table.

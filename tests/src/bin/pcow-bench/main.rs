@@ -28,6 +28,9 @@ struct Arguments {
     /// Fewer rounds: about a minute in all.
     #[arg(long)]
     quick: bool,
+    /// Only ratios, of very few rounds and in DIR alone, one on each line: NAME: NUMBER.
+    #[arg(long, conflicts_with = "quick")]
+    ratios: bool,
     /// A folder on the other filesystem; the folder for temporary files if not given.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -49,6 +52,11 @@ const QUICK: Effort = Effort {
     touches: 300,
     starts: 10,
 };
+const RATIOS: Effort = Effort {
+    rounds: 3,
+    touches: 100,
+    starts: 0,
+};
 const LONG: Effort = Effort {
     rounds: 15,
     touches: 2000,
@@ -64,6 +72,12 @@ fn main() {
     let arguments = Arguments::parse();
     let effort = if arguments.quick { QUICK } else { LONG };
     let dir = arguments.dir.unwrap_or_else(std::env::temp_dir);
+    if arguments.ratios {
+        let place = Place::new(&dir);
+        faults::ratios(&place, &RATIOS);
+        warm::ratios(&place, &RATIOS);
+        return;
+    }
     let places = [Place::new(TMPFS.as_ref()), Place::new(&dir)];
     measured_on(&places, &effort);
     faults(&places, &effort);

@@ -21,6 +21,24 @@ const BLOCK: usize = 256 << 10;
 
 /// Prints a table.
 pub fn report(place: &Place, effort: &Effort) {
+    let (rounds, events) = measure(place, effort);
+    print(place, &rounds, events);
+}
+
+/// Prints the ratios alone.
+pub fn ratios(place: &Place, effort: &Effort) {
+    let (rounds, _) = measure(place, effort);
+    println!("warm, read: {:.3}", ratio(&rounds, |r| r.read));
+    println!("warm, write: {:.3}", ratio(&rounds, |r| r.write));
+}
+
+/// The median over rounds of the bandwidth in the region to that in the direct mapping.
+fn ratio(rounds: &[Round], of: impl Fn(&Round) -> (f64, f64)) -> f64 {
+    median(rounds.iter().map(|r| of(r).1 / of(r).0).collect())
+}
+
+/// The rounds, and the number of events while everything was mapped.
+fn measure(place: &Place, effort: &Effort) -> (Vec<Round>, u64) {
     let scratch = Scratch::below(&place.dir);
     let image = scratch.image("image", 1 << 30, CLUSTER);
     let mut backend = Backend::start(&image, &[]);
@@ -43,8 +61,7 @@ pub fn report(place: &Place, effort: &Effort) {
     drop(frontend);
     backend.terminate();
     // The warm-up's faults are those that were answered by a MAP.
-    let events = backend.session_counts().faults.saturating_sub(maps);
-    print(place, &rounds, events);
+    (rounds, backend.session_counts().faults.saturating_sub(maps))
 }
 
 /// Makes all of the image data.
@@ -65,7 +82,7 @@ fn print(place: &Place, rounds: &[Round], events: u64) {
     let row = |name: &str, of: &dyn Fn(&Round) -> (f64, f64)| {
         let pcow = median(rounds.iter().map(|r| 1.0 / of(r).0).collect());
         let direct = median(rounds.iter().map(|r| 1.0 / of(r).1).collect());
-        let ratio = median(rounds.iter().map(|r| of(r).1 / of(r).0).collect());
+        let ratio = ratio(rounds, of);
         println!("| {name} | {pcow:.2} | {direct:.2} | {ratio:.3} | {events} |");
     };
     row("read", &|r| r.read);
