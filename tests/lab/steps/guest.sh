@@ -44,6 +44,35 @@ write_initramfs() {
     rm -r /tmp/guest
 }
 
+# A function that runs beside the guest, with what it writes as the guest's input.
+beside=
+
+start_beside() {
+    input=/dev/null
+    : >/tmp/guest.log
+    if [ -n "$beside" ]; then
+        input=/tmp/input
+        rm -f "$input"
+        mkfifo "$input"
+        "$beside" >"$input" &
+        beside_process=$!
+    fi
+}
+
+end_beside() {
+    if [ -n "$beside" ]; then
+        wait "$beside_process" || echo "QEMU ended with what ran beside it failing" >>/tmp/guest.log
+    fi
+}
+
+# wait_for_guest TEXT: until the guest has said it.
+wait_for_guest() {
+    until grep -q "$1" /tmp/guest.log; do
+        pidof qemu-system-x86_64 >/dev/null || fail "the guest ended before it said $1" >&2
+        usleep 100000
+    done
+}
+
 # run_qemu IMAGES [ARGUMENT]...: a machine with an NVDIMM for each of the images, and what else the
 # arguments say. Its serial line and its messages go to /tmp/guest.log.
 run_qemu() {
@@ -58,11 +87,14 @@ run_qemu() {
             -device "nvdimm,memdev=pm$number"
         number=$((number + 1))
     done
+    start_beside
     timeout -s KILL "$GUEST_SECONDS" qemu-system-x86_64 \
         -machine q35,nvdimm=on,accel=kvm -cpu host -smp 2 -m 512M,slots=4,maxmem=16G \
         -nodefaults -display none -no-reboot -serial stdio \
-        -kernel /lab/machine/vmlinux -initrd /tmp/initramfs -append "console=ttyS0 quiet panic=-1 cryptomgr.notests" \
-        "$@" </dev/null >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
+        -kernel /lab/machine/vmlinux -initrd /tmp/initramfs \
+        -append "console=ttyS0 quiet panic=-1 cryptomgr.notests" \
+        "$@" <"$input" >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
+    end_beside
     rm /tmp/initramfs
     sed 's/^/guest: /' /tmp/guest.log
     end_backends

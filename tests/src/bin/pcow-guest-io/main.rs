@@ -5,6 +5,8 @@
 //! in between (mmap(2)), so that a run that succeeds is a proof of DAX.
 #![allow(clippy::unwrap_used)]
 
+mod zerocopy;
+
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
@@ -18,6 +20,7 @@ const USAGE: &str = "\
 pcow-guest-io store FILE OFFSET LENGTH SEED    store the pattern of SEED
 pcow-guest-io verify FILE OFFSET LENGTH SEED   load, and fail unless it is the pattern of SEED
 pcow-guest-io read FILE OFFSET LENGTH DISK     let the kernel read from the same place of DISK, directly (O_DIRECT)
+pcow-guest-io send FILE OFFSET LENGTH PEER     send over TCP without a copy (MSG_ZEROCOPY) to ADDRESS:PORT
 pcow-guest-io tick FILE OFFSET LENGTH          store and verify for ever, and say so";
 
 /// Stores and checks that make one line of `tick`.
@@ -43,6 +46,10 @@ fn main() -> ExitCode {
         }
         ["read", file, offset, length, disk] => {
             Piece::map(file, number(offset), number(length)).read_from(disk);
+            ExitCode::SUCCESS
+        }
+        ["send", file, offset, length, peer] => {
+            zerocopy::send(peer, Piece::map(file, number(offset), number(length)).bytes);
             ExitCode::SUCCESS
         }
         ["tick", file, offset, length] => Piece::map(file, number(offset), number(length)).tick(),
