@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which pages were bounced, and when each moment is over (`protocol.md` section 5.3).
 //!
-//! A moment must last until the worker has met it: it was given a processor after the wake-up, and does not want it any
-//! more. A thread of its own looks for that, so that neither a resolver nor the frontend sleeps. Ending too early costs a
+//! A moment must last until the worker has met it: it asks for another page, or it was given a processor after the wake-up
+//! and has nothing to do any more. A thread of its own looks for that, so that neither a resolver nor the frontend sleeps. Ending too early costs a
 //! copy that nobody needed; the frontend ends late moments by itself.
 
 use std::collections::HashMap;
@@ -34,6 +34,8 @@ struct Moment {
     begin: Instant,
     /// When the worker was first seen to have run.
     ran: Option<Instant>,
+    /// Whether it has asked for a page since.
+    asked_again: bool,
 }
 
 impl Moment {
@@ -46,7 +48,7 @@ impl Moment {
             self.ran = Some(now);
         }
         let met = |ran| now - ran >= GRACE || self.worker.is_idle();
-        age >= LONGEST || self.ran.is_some_and(met)
+        self.asked_again || age >= LONGEST || self.ran.is_some_and(met)
     }
 }
 
@@ -88,12 +90,21 @@ impl Bounces {
             worker,
             begin: Instant::now(),
             ran: None,
+            asked_again: false,
         };
         let mut state = self.lock();
         let (unit, bit) = self.place(offset);
         *state.tried.entry(unit).or_default() |= bit;
         state.open.push(moment);
         self.changed.notify_one();
+    }
+
+    /// Notes that the worker `thread` asks for a page: what it was woken for before is behind it.
+    pub(super) fn asks_again(&self, thread: u32) {
+        // Open moments are looked at all the time: nobody needs to be told.
+        for moment in &mut self.lock().open {
+            moment.asked_again |= moment.worker.is_thread(thread);
+        }
     }
 
     /// Whether the page at `offset` was bounced since its read copy was made.
@@ -199,11 +210,16 @@ mod tests {
             runs_before: Some(u64::MAX),
             begin,
             ran: None,
+            asked_again: false,
         };
         assert!(!moment.is_over(begin + BLIND));
         assert!(moment.is_over(begin + LONGEST));
         moment.runs_before = None;
         assert!(!moment.is_over(begin) && moment.is_over(begin + BLIND));
+        moment.asked_again = true;
+        moment.runs_before = Some(u64::MAX);
+        assert!(moment.is_over(begin));
+        moment.asked_again = false;
         moment.runs_before = Some(0);
         moment.is_over(begin + BLIND);
         assert!(moment.ran.is_some(), "it has run since");

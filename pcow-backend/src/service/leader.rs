@@ -205,6 +205,7 @@ impl Leader {
             Origin::Storing => Touch::Store { sure: true },
             Origin::Worker if s.may_bounce => {
                 s.tell_how_loads_are_known("loads are told from stores by BOUNCE");
+                s.bounces.asks_again(thread);
                 Touch::Unknown {
                     worker: thread,
                     present,

@@ -31,6 +31,7 @@ pub(super) enum Origin {
 /// A kernel worker as proc(5) shows it. The files stay those of this thread when its number is used again.
 #[derive(Debug)]
 pub(super) struct Worker {
+    thread: u32,
     stat: File,
     schedstat: Option<File>,
 }
@@ -40,7 +41,11 @@ impl Worker {
     fn open(thread: u32) -> io::Result<Option<Self>> {
         let stat = File::open(format!("/proc/{thread}/stat"))?;
         let schedstat = File::open(format!("/proc/{thread}/schedstat")).ok();
-        let worker = Self { stat, schedstat };
+        let worker = Self {
+            thread,
+            stat,
+            schedstat,
+        };
         let is_worker = worker.name()?.starts_with("kworker/");
         Ok(is_worker.then_some(worker))
     }
@@ -56,6 +61,11 @@ impl Worker {
     pub(super) fn runs(&self) -> Option<u64> {
         let text = read(self.schedstat.as_ref()?).ok()?;
         text.split_whitespace().nth(2)?.parse().ok()
+    }
+
+    /// Whether this is its number.
+    pub(super) fn is_thread(&self, thread: u32) -> bool {
+        self.thread == thread
     }
 
     /// Whether it has no work; true also if it is gone. One that waits for a lock or for memory has some.
