@@ -12,7 +12,7 @@ mod vcpu;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT, kvm_enable_cap};
@@ -20,6 +20,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use pcow_protocol::frontend::Frontend;
 
 use self::slots::Slots;
+use crate::proc;
 
 pub use self::slots::TRANSFER_BYTES;
 pub use self::vcpu::Vcpu;
@@ -78,12 +79,14 @@ impl MicroVm {
         work: impl Fn(&mut Vcpu) -> T + Send + Sync + 'static,
     ) -> Vec<T> {
         let work = Arc::new(work);
-        let start = |mut vcpu| {
+        let start = |mut vcpu: Vcpu| {
             let work = Arc::clone(&work);
-            std::thread::spawn(move || {
+            let named = Builder::new().name(format!("processor {}", vcpu.number()));
+            let thread = named.spawn(move || {
                 let result = work(&mut vcpu);
                 (vcpu, result)
-            })
+            });
+            thread.unwrap()
         };
         let threads: Vec<_> = self.vcpus.drain(..).map(start).collect();
         self.wait_for(&threads);
@@ -102,8 +105,11 @@ impl MicroVm {
             if copies != seen {
                 (seen, since) = (copies, Instant::now());
             }
-            let at = "no processor has ended a copy";
-            assert!(since.elapsed() < PATIENCE, "{at} for {PATIENCE:?}");
+            assert!(
+                since.elapsed() < PATIENCE,
+                "no processor has ended a copy for {PATIENCE:?}; this process waits in\n{}",
+                proc::waits()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
