@@ -60,7 +60,7 @@ impl Slots {
             slot: 1,
             flags: if self.read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: REGION_ADDRESS,
-            memory_size: self.region.len() as u64,
+            memory_size: self.region_bytes(),
             userspace_addr: self.region.as_ptr().addr() as u64,
         };
         assert!(own.memory_size <= REGION_ADDRESS);
@@ -72,10 +72,14 @@ impl Slots {
         }
     }
 
+    pub(super) fn region_bytes(&self) -> u64 {
+        self.region.len() as u64
+    }
+
     /// The guest's address of `bytes` bytes at `offset` in the region.
     pub(super) fn region_address(&self, offset: u64, bytes: usize) -> u64 {
         let end = offset + bytes as u64;
-        assert!(end <= self.region.len() as u64, "{offset:#x} is outside");
+        assert!(end <= self.region_bytes(), "{offset:#x} is outside");
         REGION_ADDRESS + offset
     }
 

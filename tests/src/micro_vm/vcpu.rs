@@ -67,6 +67,11 @@ impl Vcpu {
         self.number
     }
 
+    /// The size of the region.
+    pub fn region_bytes(&self) -> u64 {
+        self.slots.region_bytes()
+    }
+
     /// Loads `bytes` from `offset` of the region.
     ///
     /// # Panics

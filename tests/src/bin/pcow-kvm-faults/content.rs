@@ -22,6 +22,18 @@ pub enum Content {
 }
 
 impl Content {
+    const ALL: [Self; 3] = [Self::Base, Self::Empty, Self::Mixed];
+
+    /// Its name, for another process.
+    pub fn name(self) -> String {
+        format!("{self:?}")
+    }
+
+    /// The content whose name this is.
+    pub fn named(name: &str) -> Self {
+        Self::ALL.into_iter().find(|c| c.name() == name).unwrap()
+    }
+
     /// Fills `bytes` with what stands at `offset`; these bytes are of one cluster, or the content is not mixed.
     pub fn fill(self, offset: u64, bytes: &mut [u8]) {
         match self.seed(offset) {

@@ -99,6 +99,11 @@ impl Arguments {
 }
 
 fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if words.first().is_some_and(|word| word == given_back::READER) {
+        given_back::read_as_told(&words[1..]);
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::parse();
     require_nested_paging();
     let effort = if arguments.short { SHORT } else { FULL };

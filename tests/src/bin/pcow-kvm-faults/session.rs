@@ -9,15 +9,6 @@ use crate::PROCESSORS;
 use crate::counts::Counts;
 use crate::images::TestImage;
 
-/// Who ends the session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// The frontend; then the backend is asked to end.
-    FrontendFirst,
-    /// The backend is asked to end while the frontend is attached.
-    BackendFirst,
-}
-
 /// How a machine is made and attached.
 #[derive(Debug, Clone, Copy)]
 pub struct Options<'a> {
@@ -42,6 +33,16 @@ pub const WITHOUT_BOUNCES: Options<'_> = Options {
     ..WITH_BOUNCES
 };
 
+impl Options<'_> {
+    /// What the frontend is told of it.
+    pub fn frontend(&self) -> FrontendOptions {
+        FrontendOptions {
+            bounce: self.bounce,
+            ..FrontendOptions::default()
+        }
+    }
+}
+
 /// Backend, frontend and machine.
 #[derive(Debug)]
 pub struct Session {
@@ -55,11 +56,7 @@ impl Session {
     /// Serves `image` to a machine.
     pub fn start(image: &TestImage, how: Options<'_>) -> Self {
         let backend = Backend::start(&image.path, how.backend);
-        let options = FrontendOptions {
-            bounce: how.bounce,
-            ..FrontendOptions::default()
-        };
-        let frontend = Frontend::connect(backend.socket(), &options).unwrap();
+        let frontend = Frontend::connect(backend.socket(), &how.frontend()).unwrap();
         let machine = MicroVm::new(&frontend, PROCESSORS, how.path);
         Self {
             machine,
@@ -69,29 +66,35 @@ impl Session {
     }
 
     /// Ends everything well, and returns what the backend has counted.
-    pub fn end(self, end: End) -> Counts {
+    pub fn end(self) -> Counts {
+        self.end_with(|mut backend, frontend| {
+            drop(frontend);
+            backend.wait_for_log("frontend detached");
+            assert!(backend.terminate().success(), "{:#?}", backend.log());
+            Counts::of(&backend)
+        })
+    }
+
+    /// As [`Session::end`], but the backend ends while the frontend is attached.
+    pub fn end_backend_first(self) -> Counts {
+        self.end_with(|mut backend, _frontend| {
+            assert!(backend.terminate().success(), "{:#?}", backend.log());
+            Counts::of(&backend)
+        })
+    }
+
+    fn end_with(self, end: impl FnOnce(Backend, Frontend) -> Counts) -> Counts {
         let Self {
             machine,
             frontend,
-            mut backend,
+            backend,
         } = self;
         let repeated = machine.repeated_entries();
         drop(machine);
         let counted = frontend.mapping_counts();
-        println!(
-            "  {} bounces and {} refused; {repeated} entries repeated",
-            counted.bounces, counted.refused_bounces
-        );
-        if end == End::FrontendFirst {
-            drop(frontend);
-            backend.wait_for_log("frontend detached");
-            assert!(backend.terminate().success(), "{:#?}", backend.log());
-        } else {
-            assert!(backend.terminate().success(), "{:#?}", backend.log());
-            drop(frontend);
-        }
-        let counts = Counts::of(&backend);
-        counts.expect_to_add_up(counted);
+        println!("  {counted:?}, {repeated} entries repeated");
+        let counts = end(backend, frontend);
+        counts.expect_at_least(counted);
         counts
     }
 }

@@ -10,7 +10,7 @@ use pcow_tests::random::Random;
 
 use crate::content::{Content, expect_same};
 use crate::images::{Holdings, TestImage};
-use crate::session::{End, Options, Session, WITH_BOUNCES, WITHOUT_BOUNCES};
+use crate::session::{Options, Session, WITH_BOUNCES, WITHOUT_BOUNCES};
 use crate::{CLUSTER, PROCESSORS, Setting};
 
 /// Bytes that one processor loads or stores at once. Of each page every processor has one sector of its own, and all load
@@ -43,12 +43,12 @@ fn stores_are_exact(setting: &Setting, how: Options<'_>) {
     let stored = session
         .machine
         .run(move |vcpu| Toucher::new(vcpu, bytes).work(operations));
-    let counts = session.end(End::FrontendFirst);
+    let counts = session.end();
     compare(&image, &stored);
     println!("  {:?}", Holdings::of(&image));
     assert_eq!(checksums(&image.base(), &[".data", ".map"]), base);
-    assert!(counts.unmaps > 0, "{counts:?}");
-    assert_eq!(counts.evictions > 0, how.bounce, "{counts:?}");
+    assert!(counts.session.unmaps > 0, "{counts:?}");
+    assert_eq!(counts.session.evictions > 0, how.bounce, "{counts:?}");
 }
 
 /// One processor's work.
