@@ -16,10 +16,9 @@ use pcow_protocol::wire::{
     REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
-use rustix::net::sockopt::socket_peercred;
-use rustix::process::Pid;
 
 use crate::disk::Disk;
+use crate::endpoint::peer_process;
 use crate::occupancy::Occupancy;
 use crate::service::{Budgets, FaultService, GiveBack, Peer};
 
@@ -107,6 +106,11 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         offer.place.leave();
     }
     if let Some(service) = service {
+        // Waits for a give-back that the end of the process has begun.
+        *offer
+            .give_back
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = GiveBack::default();
         let stopped = service.stop();
         stopped.give_back();
         stopped.report();
@@ -233,17 +237,10 @@ impl Connection<'_> {
             uffd: Uffd::from_peer(uffd)?,
             fault_fd,
             bounce: self.session.bounces(),
-            process: process_of(self.codec.stream()),
+            process: peer_process(self.codec.stream()),
         };
         FaultService::start(Arc::clone(&self.offer.disk), peer, self.offer.budgets)
     }
-}
-
-/// The process that connected `stream`; 0 if it is in a namespace that is not visible from here.
-fn process_of(stream: &UnixStream) -> u32 {
-    let pid: Option<Pid> = socket_peercred(stream).ok().map(|c| c.pid);
-    let number = pid.map_or(0, |pid| pid.as_raw_nonzero().get());
-    u32::try_from(number).unwrap_or(0)
 }
 
 /// The codec has checked that there is exactly one.

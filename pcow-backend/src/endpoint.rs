@@ -111,6 +111,33 @@ impl Place {
     }
 }
 
+/// The process that connected `stream`; 0 if it is in a namespace that is not visible from here, or nobody says.
+pub fn peer_process(stream: &UnixStream) -> u32 {
+    // Not through rustix, whose process number is never 0, while the kernel's is for an invisible process (unix(7)).
+    let mut credentials = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
+    // SAFETY: SO_PEERCRED writes at most `len` bytes of a `struct ucred`, which `credentials` has room for; both live
+    // longer than the call, and the descriptor is open.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 {
+        u32::try_from(credentials.pid).unwrap_or(0)
+    } else {
+        0
+    }
+}
+
 fn listen(path: PathBuf) -> Result<Endpoint, Failure> {
     if is_stale(&path)? {
         log::info!("replacing the stale socket {}", path.display());

@@ -315,6 +315,8 @@ impl Active {
         }
         self.unless_failed(|| {
             for run in runs {
+                // First: what is ready and absent counts as prepared, and may be punched at any time.
+                self.ready().set(*run, false);
                 self.set_words(*run, State::Absent)?;
             }
             if self.domain == Domain::PageCache {
@@ -326,7 +328,6 @@ impl Active {
             Ok(())
         })?;
         for run in runs {
-            self.ready().set(*run, false);
             let range = self.cluster.byte_range(*run);
             self.data
                 .punch(Site("active.give_back_clean.punch"), range)

@@ -383,7 +383,9 @@ impl Image {
             ));
             count += units::bytes(group.len());
         }
-        self.active.give_back(&runs)?;
+        self.active
+            .give_back(&runs)
+            .inspect_err(|e| self.mark_failed_flush(e))?;
         Ok(count)
     }
 
@@ -448,12 +450,18 @@ impl Image {
     /// `FlushFailed`, and then always (I7): a mark stays in the image's directory, so that a later process does not
     /// take for durable what this one could not write.
     pub fn flush(&self) -> Result<()> {
-        self.active.flush().inspect_err(|_| {
+        self.active
+            .flush()
+            .inspect_err(|e| self.mark_failed_flush(e))
+    }
+
+    fn mark_failed_flush(&self, error: &Error) {
+        if error.kind() == ErrorKind::FlushFailed {
             // Best effort: the medium fails already. The mark may be there from before.
             let dir = self.directory();
             let _ = dir.create(Site("flush.mark.create"), FLUSH_FAILED_FILE);
             let _ = dir.sync(Site("flush.mark.sync"));
-        })
+        }
     }
 
     /// Makes `root` the image's root and goes on with what it names.

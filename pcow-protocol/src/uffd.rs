@@ -116,7 +116,7 @@ pub enum Event {
         write: bool,
         /// The page is there and write-protected: a store to a read copy.
         wp: bool,
-        /// Thread that waits, in the reader's PID namespace; 0 if it has no number there.
+        /// Thread that waits, by its number in its own PID namespace.
         thread: u32,
     },
     /// Registered memory was moved; the mover sleeps until this was read.

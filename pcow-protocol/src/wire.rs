@@ -58,6 +58,9 @@ pub const MAX_REGION_SIZE: u64 = (8 << 40) - REGION_ALIGNMENT;
 /// The smallest mapping limit that a frontend may grant.
 pub const MIN_MAPPING_LIMIT: u32 = 16;
 
+/// Moments of BOUNCE that may be open at once.
+pub const MAX_MOMENTS: u32 = 64;
+
 /// Region flag: nothing will be mapped writable.
 pub const REGION_READ_ONLY: u32 = 1 << 0;
 /// Region flag: files are mapped with `MAP_SYNC`.

@@ -112,6 +112,8 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     fn take_maybe_clean(&self) -> Option<Range<u64>>;
     /// How many bytes are noted so.
     fn maybe_clean_bytes(&self) -> u64;
+    /// Forgets what was noted so: it stays data.
+    fn forget_maybe_clean(&self);
     /// Makes those clusters of `bytes` absent again that hold what they cover, and gives their storage back; returns how
     /// many bytes that were. The caller has claimed `bytes`, and nobody has them mapped.
     ///

@@ -158,6 +158,8 @@ impl Disk for ReadOnlyDisk {
         0
     }
 
+    fn forget_maybe_clean(&self) {}
+
     fn give_back_clean(&self, _: Range<u64>) -> Result<u64> {
         Ok(0)
     }

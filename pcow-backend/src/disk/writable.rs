@@ -62,7 +62,9 @@ impl WritableDisk {
         let last = self.block_around(Cluster(cluster.0 + reach));
         let bounds = ClusterRange::new(first.start, last.end.min(self.cluster_count()));
         let run = self.image.active().data_run(cluster, bounds)?;
-        let mut run = self.claim_run(claim, run);
+        let run = self.claim_run(claim, run);
+        // Again, now that nobody else is at work there: what was only read may have been given back in between (F1).
+        let mut run = self.image.active().data_run(cluster, run)?;
         if !self.image.active().has_storage(run) {
             let block = self.block_around(cluster);
             run = ClusterRange::new(run.start.max(block.start), run.end.min(block.end));
@@ -217,6 +219,10 @@ impl Disk for WritableDisk {
 
     fn maybe_clean_bytes(&self) -> u64 {
         self.maybe_clean().bytes()
+    }
+
+    fn forget_maybe_clean(&self) {
+        *self.maybe_clean() = MaybeClean::default();
     }
 
     fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64> {

@@ -26,7 +26,7 @@ const LONGEST: Duration = Duration::from_millis(900);
 
 /// A moment that was ordered.
 #[derive(Debug)]
-struct Moment {
+pub(super) struct Moment {
     page: u64,
     worker: Arc<Worker>,
     /// How often the worker had run before it was woken.
@@ -82,20 +82,25 @@ impl Bounces {
         }
     }
 
-    /// Notes that the page at `offset` is about to be bounced for `worker`, which sleeps.
-    pub(super) fn begin(&self, offset: u64, worker: Arc<Worker>) {
-        let moment = Moment {
+    /// Notes that the page at `offset` is about to be bounced for `worker`, which sleeps. Its moment is to be ordered now,
+    /// and then [`Bounces::watch`] is to be told: its end must not be ordered first.
+    pub(super) fn begin(&self, offset: u64, worker: Arc<Worker>) -> Moment {
+        let (unit, bit) = self.place(offset);
+        *self.lock().tried.entry(unit).or_default() |= bit;
+        Moment {
             page: offset / PAGE_BYTES * PAGE_BYTES,
             runs_before: worker.runs(),
             worker,
             begin: Instant::now(),
             ran: None,
             asked_again: false,
-        };
-        let mut state = self.lock();
-        let (unit, bit) = self.place(offset);
-        *state.tried.entry(unit).or_default() |= bit;
-        state.open.push(moment);
+        }
+    }
+
+    /// Sees to the end of a moment that was ordered. One that was refused meanwhile is ended all the same, which does
+    /// nothing.
+    pub(super) fn watch(&self, moment: Moment) {
+        self.lock().open.push(moment);
         self.changed.notify_one();
     }
 
@@ -192,7 +197,7 @@ mod tests {
     #[test]
     fn a_page_counts_as_tried_until_its_read_copy_is_gone() {
         let bounces = Bounces::new(65536);
-        bounces.begin(5 * 4096 + 1, some_worker());
+        let _moment = bounces.begin(5 * 4096 + 1, some_worker());
         assert!(bounces.was_tried(5 * 4096));
         assert!(!bounces.was_tried(6 * 4096) && !bounces.was_tried(65536 + 5 * 4096));
         bounces.forget(&(65536..1 << 30));
@@ -229,8 +234,9 @@ mod tests {
     #[test]
     fn moments_that_are_over_are_ended_once_and_refused_ones_never() {
         let bounces = Bounces::new(65536);
-        bounces.begin(4096, some_worker());
-        bounces.begin(8192, some_worker());
+        for page in [4096, 8192] {
+            bounces.watch(bounces.begin(page, some_worker()));
+        }
         bounces.refused(8192 + 1);
         let mut ended = Vec::new();
         bounces.work(|page| {

@@ -4,7 +4,7 @@
 //! What is noted here and what is sent change together under one lock, so that the notes are in the order of the
 //! channel, which is the order in which the frontend acts.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -46,8 +46,10 @@ struct Notes {
     slots: VecDeque<(u8, FileKey)>,
     /// MAPs that the frontend has not confirmed yet.
     unconfirmed: Vec<Range<u64>>,
-    /// How many UNMAPs were sent, and how many of them confirmed, in this order.
+    /// How many UNMAPs were sent, and how many of them answered, in this order.
     unmaps: (u64, u64),
+    /// The UNMAPs that somebody waits for, by their number, and how they were answered.
+    awaited: HashMap<u64, Option<Unmapped>>,
     over: bool,
 }
 
@@ -75,6 +77,7 @@ impl Channel {
                 slots: VecDeque::new(),
                 unconfirmed: Vec::new(),
                 unmaps: (0, 0),
+                awaited: HashMap::new(),
                 over: false,
             }),
             unmapped: Condvar::new(),
@@ -179,21 +182,22 @@ impl Channel {
         self.send(&request, None, Asked::Unmapped)
     }
 
-    /// As [`Channel::unmap`], and waits until the frontend has confirmed it; false if it did not in time, or the session
-    /// is over.
+    /// As [`Channel::unmap`], and waits for the frontend's answer.
     ///
     /// # Errors
     /// The session is over.
-    pub fn unmap_and_wait(&self, bytes: &Range<u64>, patience: Duration) -> Result<bool> {
+    pub fn unmap_and_wait(&self, bytes: &Range<u64>, patience: Duration) -> Result<Unmapped> {
         let mut notes = self.notes();
         self.order_unmap(&mut notes, bytes)?;
         let mine = notes.unmaps.0;
-        // Answers come in the order of the requests.
+        notes.awaited.insert(mine, None);
+        let unanswered = |n: &mut Notes| n.awaited.get(&mine) == Some(&None) && !n.over;
         let waited = self
             .unmapped
-            .wait_timeout_while(notes, patience, |n| n.unmaps.1 < mine && !n.over);
-        let (notes, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        Ok(notes.unmaps.1 >= mine)
+            .wait_timeout_while(notes, patience, unanswered);
+        let (mut notes, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let answer = notes.awaited.remove(&mine).flatten();
+        Ok(answer.unwrap_or(Unmapped::Unknown))
     }
 
     /// The session is over: nobody waits any longer.
@@ -257,8 +261,7 @@ impl Channel {
     pub fn answered(&self, reply: &BackendReply) -> Result<Asked> {
         let asked = self.outbox.answered(reply)?;
         if asked == Asked::Unmapped {
-            self.notes().unmaps.1 += 1;
-            self.unmapped.notify_all();
+            self.unmap_answered(reply.status.errno());
         }
         if let Asked::Mapped(bytes) = &asked {
             let mut notes = self.notes();
@@ -273,6 +276,21 @@ impl Channel {
             }
         }
         Ok(asked)
+    }
+
+    /// Answers come in the order of the requests. A refusal leaves the mapping as it was, and is the end of the session.
+    fn unmap_answered(&self, errno: Option<i32>) {
+        let mut notes = self.notes();
+        notes.unmaps.1 += 1;
+        let number = notes.unmaps.1;
+        if let Some(answer) = notes.awaited.get_mut(&number) {
+            *answer = match errno {
+                None => Some(Unmapped::Quiet),
+                Some(libc::EBUSY) => Some(Unmapped::Busy),
+                Some(_) => Some(Unmapped::Unknown),
+            };
+        }
+        self.unmapped.notify_all();
     }
 
     /// How many runs are mapped.
@@ -341,6 +359,17 @@ impl Channel {
         // A panic between noting and sending ends the process's session anyway.
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What is known of an UNMAP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unmapped {
+    /// Nobody can store into the pages that were there any more.
+    Quiet,
+    /// It is trap again, but device I/O may still have the pages that were there.
+    Busy,
+    /// It may not be trap.
+    Unknown,
 }
 
 /// Whether a place is mapped.

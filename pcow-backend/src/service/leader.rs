@@ -232,6 +232,8 @@ impl Leader {
             (Asked::Mapped(_), Some(libc::ENOMEM)) => {
                 log::warn!("the frontend has no mappings left; using fewer from now on");
             }
+            // It was done; who waits for it hears that device I/O may still have the old pages.
+            (Asked::Unmapped, Some(libc::EBUSY)) => {}
             (Asked::Mapped(_) | Asked::Slot | Asked::Unmapped, Some(errno)) => {
                 return Err(Error::refused(format!("{asked:?}"), errno));
             }
@@ -241,14 +243,16 @@ impl Leader {
                     return Err(Error::refused("evict a read copy", errno));
                 }
             }
-            (Asked::Bounced(offset), Some(libc::EBUSY)) => self.bounce_refused(*offset),
+            (Asked::Bounced(offset), Some(libc::EBUSY | libc::ENOMEM)) => {
+                self.bounce_refused(*offset);
+            }
             (Asked::Bounced(_), Some(errno)) => return Err(Error::refused("bounce a page", errno)),
             (Asked::Slot | Asked::Unmapped | Asked::Bounced(_), None) => {}
         }
         Ok(())
     }
 
-    /// System calls of the frontend's would have failed in the moment. The worker still waits: what it wants is taken for
+    /// System calls of the frontend's would have failed in the moment, or it has no mapping left for it. The worker still waits: what it wants is taken for
     /// a store.
     fn bounce_refused(&self, offset: u64) {
         let s = &self.shared;

@@ -27,7 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pcow_protocol::uffd::Uffd;
-use pcow_protocol::wire::FaultFd;
+use pcow_protocol::wire::{FaultFd, MAX_MOMENTS, MIN_MAPPING_LIMIT};
 use pcow_protocol::{Error, ErrorKind, Result};
 
 use crate::disk::{Disk, FileKey};
@@ -186,6 +186,9 @@ impl FaultService {
     pub fn start(disk: Arc<dyn Disk>, peer: Peer, budgets: Budgets) -> Result<Self> {
         let allowed = peer.fault_fd.mapping_limit;
         let limit = budgets.mappings.map_or(allowed, |m| m.min(allowed));
+        // Each moment cuts a mapping in three.
+        let moments = if peer.bounce { 2 * MAX_MOMENTS } else { 0 };
+        let limit = limit.saturating_sub(moments).max(MIN_MAPPING_LIMIT);
         let board = Board::new(disk.unit());
         let shared = Arc::new(Shared {
             base: peer.fault_fd.base,
@@ -279,8 +282,19 @@ impl Stopped {
     /// Gives back what was only read, if the frontend's address space is gone: mappings outlive a session, and a guest may
     /// go on storing through them.
     pub fn give_back(&self) {
-        if self.0.disk.maybe_clean_bytes() > 0 && self.is_orphaned() {
+        let bytes = self.0.disk.maybe_clean_bytes();
+        if bytes == 0 {
+            return;
+        }
+        if self.is_orphaned() {
             reclaim::give_back_unmapped(&self.0);
+        } else {
+            // The next frontend knows nothing of this one's mappings.
+            self.0.disk.forget_maybe_clean();
+            log::info!(
+                "the frontend's memory is still there: {} KiB that it may only have read stay data",
+                bytes >> 10
+            );
         }
     }
 

@@ -114,8 +114,12 @@ impl Origins {
 
     /// Who `thread` is.
     pub(super) fn of(&mut self, thread: u32) -> Origin {
+        if self.listed.is_none() {
+            // Before anybody is taken for a worker: in another namespace a thread of the frontend's may have its number.
+            self.list_again();
+        }
         if !self.own.contains(&thread) {
-            if self.worker(thread).is_some() {
+            if !self.nested && self.worker(thread).is_some() {
                 return Origin::Worker;
             }
             self.list_again();

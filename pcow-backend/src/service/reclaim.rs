@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Clusters that were copied or allocated for what may have been a load, given back where they hold what they cover.
 //!
-//! The order while a frontend has them mapped: they become trap again, the frontend has confirmed that, then they are
-//! compared, the word is durable, and last their storage goes (I3). A store before the trap is seen by the comparison, a
+//! The order while a frontend has them mapped: they become trap again, the frontend has confirmed that and that no device
+//! I/O of its has the old pages (which only one that knows BOUNCE can tell), then they are compared, the word is durable, and last their storage goes (I3). A store before the trap is seen by the comparison, a
 //! store after it is a fault that waits for the claim.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pcow_protocol::Result;
 
+use super::channel::Unmapped;
 use super::{Counters, Shared};
 
-/// How long a frontend may take to confirm, and a resolver to leave the place.
+/// How long a frontend may take to confirm.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
@@ -80,27 +82,37 @@ pub(super) fn work(shared: &Shared) {
 /// The session is over.
 pub(super) fn give_back_mapped(shared: &Shared, deadline: Instant) -> Result<u64> {
     let mut given_back = 0;
-    let mut busy = Vec::new();
-    while let Some(bytes) = shared.disk.take_maybe_clean() {
-        let claim = shared.board.try_claim(bytes.clone());
-        if claim.is_none() || Instant::now() >= deadline {
-            busy.push(bytes);
-            if Instant::now() >= deadline {
+    let mut kept = Vec::new();
+    let mut ended = Ok(());
+    // A frontend that does not count its device I/O may have some in pages that are about to go.
+    while shared.may_bounce && Instant::now() < deadline {
+        let Some(bytes) = shared.disk.take_maybe_clean() else {
+            break;
+        };
+        match give_back_piece(shared, &bytes) {
+            Ok(Some(count)) => given_back += count,
+            Ok(None) => kept.push(bytes),
+            Err(e) => {
+                kept.push(bytes);
+                ended = Err(e);
                 break;
             }
-            continue;
         }
-        if !shared.channel.unmap_and_wait(&bytes, PATIENCE)? {
-            busy.push(bytes);
-            break;
-        }
-        Counters::add(&shared.counters.unmaps);
-        given_back += give_back(shared, bytes);
     }
-    for bytes in busy {
+    for bytes in kept {
         shared.disk.note_maybe_clean(&bytes);
     }
-    Ok(given_back)
+    ended.map(|()| given_back)
+}
+
+/// `None` if it is in use in some way.
+fn give_back_piece(shared: &Shared, bytes: &Range<u64>) -> Result<Option<u64>> {
+    let Some(_claim) = shared.board.try_claim(bytes.clone()) else {
+        return Ok(None);
+    };
+    let unmapped = shared.channel.unmap_and_wait(bytes, PATIENCE)?;
+    Counters::add(&shared.counters.unmaps);
+    Ok((unmapped == Unmapped::Quiet).then(|| give_back(shared, bytes.clone())))
 }
 
 /// Gives back after a frontend whose process is gone, and with it all that it had mapped; returns how many bytes.
@@ -110,7 +122,7 @@ pub(super) fn give_back_unmapped(shared: &Shared) -> u64 {
         .sum()
 }
 
-fn give_back(shared: &Shared, bytes: std::ops::Range<u64>) -> u64 {
+fn give_back(shared: &Shared, bytes: Range<u64>) -> u64 {
     let given_back = shared.disk.give_back_clean(bytes).unwrap_or_else(|e| {
         log::warn!("cannot give back what was only read: {e}");
         0

@@ -172,8 +172,10 @@ impl Resolver<'_> {
             return s.uffd.wake(s.base + page, PAGE_BYTES);
         };
         Counters::add(&s.counters.bounced);
-        s.bounces.begin(page, worker);
-        s.channel.bounce(page)
+        let moment = s.bounces.begin(page, worker);
+        s.channel.bounce(page)?;
+        s.bounces.watch(moment);
+        Ok(())
     }
 
     /// Waits until there is room for the read copy; false if the session ends first.

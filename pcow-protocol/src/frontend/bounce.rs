@@ -14,9 +14,8 @@ use rustix::io::Errno;
 use super::region::GuestRegion;
 use super::segv::Repeatable;
 use crate::message::RegionRange;
+use crate::wire::MAX_MOMENTS;
 
-/// Moments that may be open at once.
-const MAX_OPEN: usize = 64;
 /// How old a moment gets at most. The backend ends it as soon as the worker has met it, which takes about 0.1 ms unless
 /// the host has no processor for the worker.
 const LONGEST: Duration = Duration::from_secs(1);
@@ -47,7 +46,8 @@ pub struct Bounces {
     sequence: AtomicU64,
     /// Moments that are open: raised before the page is protected, lowered after it is not any more.
     open: AtomicUsize,
-    _repeatable: Repeatable,
+    /// Not for a read-only region: there nothing but a mistake is refused, and would be repeated for ever.
+    _repeatable: Option<Repeatable>,
 }
 
 /// Keeps moments away while it lives.
@@ -55,8 +55,9 @@ pub struct Bounces {
 pub struct IoGuard<'a>(&'a Bounces);
 
 impl Bounces {
-    pub(super) fn new(region: Arc<GuestRegion>) -> Arc<Self> {
-        let repeatable = Repeatable::new(region.as_ptr().addr(), region.len());
+    pub(super) fn new(region: Arc<GuestRegion>, read_only: bool) -> Arc<Self> {
+        let repeatable =
+            (!read_only).then(|| Repeatable::new(region.as_ptr().addr(), region.len()));
         Arc::new(Self {
             region,
             state: Mutex::default(),
@@ -88,10 +89,15 @@ impl Bounces {
         IoGuard(self)
     }
 
+    /// Whether system calls that may store into the region are under way.
+    pub(super) fn has_io(&self) -> bool {
+        self.lock().io > 0
+    }
+
     /// Opens a moment of `page` and wakes.
     pub(super) fn open(&self, page: RegionRange) -> Result<(), Errno> {
         let mut state = self.lock();
-        if state.io > 0 || state.open.len() >= MAX_OPEN {
+        if state.io > 0 || state.open.len() >= MAX_MOMENTS as usize {
             return Err(Errno::BUSY);
         }
         self.open.fetch_add(1, Ordering::SeqCst);

@@ -92,10 +92,13 @@ impl Surface {
     /// UNMAP, then wake.
     fn unmap(&self, range: RegionRange) -> Outcome {
         self.counters.unmaps.fetch_add(1, Ordering::Relaxed);
-        self.bounces.end_within(range);
         let restored = self.restore(range);
         self.wake(range);
-        restored
+        // Looked at afterwards: I/O that begins now meets the trap, and what had begun before has ended or is seen.
+        match restored {
+            Ok(()) if self.bounces.has_io() => Err(Errno::BUSY),
+            other => other,
+        }
     }
 
     /// EVICT; nobody waits for a page that is there, so nobody is woken.
@@ -121,6 +124,8 @@ impl Surface {
     /// Aborts the process if it did neither: where nothing is mapped a guest dies in silence, or another mapping of this
     /// process takes the place and the guest writes into that.
     fn restore(&self, range: RegionRange) -> Outcome {
+        // All, since the move may wait for the backend.
+        self.bounces.end_all();
         let restored = self.moves.during(|| self.region.restore_trap(range));
         let Err(error) = restored else {
             return Ok(());

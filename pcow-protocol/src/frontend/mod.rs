@@ -113,7 +113,10 @@ impl Frontend {
         let offered = offer.region;
         let region = Arc::new(reserve(offer)?);
         let watch = Watch::start(Arc::clone(&region))?;
-        let bounces = Bounces::new(Arc::clone(&region));
+        let bounces = Bounces::new(
+            Arc::clone(&region),
+            offered.flags & wire::REGION_READ_ONLY != 0,
+        );
         let counters = Arc::new(Counters::default());
         let surface = Surface {
             region: Arc::clone(&region),
