@@ -166,6 +166,23 @@ fn what_was_only_read_is_given_back_at_a_clean_end_with_the_frontend_attached() 
     assert!(report.corruptions.is_empty(), "{report:?}");
 }
 
+/// Device I/O that was handed an address may store into pages that are not mapped any more.
+#[test]
+fn nothing_is_given_back_while_device_io_is_under_way() {
+    let scratch = Scratch::new();
+    let image = clone(&scratch);
+    let mut backend = Backend::start(&image, &[]);
+    let frontend = attach(&backend);
+    let memory = Memory::new(frontend.region());
+    touch_all(&memory);
+    let io = frontend.bounces().begin_io();
+    assert!(backend.terminate().success());
+    drop(io);
+    drop((memory, frontend));
+    let all: Vec<u64> = (0..CLUSTERS).collect();
+    assert_eq!(data_clusters(&image), all);
+}
+
 #[test]
 fn what_was_only_read_is_given_back_when_the_frontends_process_has_ended() {
     let scratch = Scratch::new();

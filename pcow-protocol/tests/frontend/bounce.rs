@@ -108,6 +108,22 @@ fn device_io_ends_moments_and_keeps_them_away() {
 }
 
 #[test]
+fn an_unmap_beside_device_io_is_done_and_says_so() {
+    let (data, frontend, mut backend) = with_read_copy();
+    assert_eq!(backend.ask(&map(0, CLUSTER), None), Status::OK);
+    let io = frontend.bounces().begin_io();
+    let unmap = BackendRequest::Unmap(range(0, CLUSTER));
+    assert_eq!(backend.ask(&unmap, None).errno(), Some(libc::EBUSY));
+    drop(io);
+    let storing = spawn_store(&frontend, 0, 3);
+    assert_eq!(backend.fault().offset, 0, "it is trap again");
+    assert_eq!(backend.ask(&map(0, CLUSTER), None), Status::OK);
+    storing.join().unwrap();
+    assert_eq!(backend.ask(&unmap, None), Status::OK);
+    drop(data);
+}
+
+#[test]
 fn map_and_unmap_end_the_moments_inside_of_them() {
     let (data, frontend, mut backend) = with_read_copy();
     data.write_all_at(&[1; 65536], 0).unwrap();
