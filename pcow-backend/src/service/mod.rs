@@ -27,7 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pcow_protocol::uffd::Uffd;
-use pcow_protocol::wire::{FaultFd, MAX_MOMENTS, MIN_MAPPING_LIMIT};
+use pcow_protocol::wire::FaultFd;
 use pcow_protocol::{Error, ErrorKind, Result};
 
 use crate::disk::{Disk, FileKey};
@@ -186,9 +186,6 @@ impl FaultService {
     pub fn start(disk: Arc<dyn Disk>, peer: Peer, budgets: Budgets) -> Result<Self> {
         let allowed = peer.fault_fd.mapping_limit;
         let limit = budgets.mappings.map_or(allowed, |m| m.min(allowed));
-        // Each moment cuts a mapping in three.
-        let moments = if peer.bounce { 2 * MAX_MOMENTS } else { 0 };
-        let limit = limit.saturating_sub(moments).max(MIN_MAPPING_LIMIT);
         let board = Board::new(disk.unit());
         let shared = Arc::new(Shared {
             base: peer.fault_fd.base,
