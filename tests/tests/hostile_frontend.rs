@@ -40,6 +40,7 @@ impl Host {
         let image = scratch.image("image", SIZE, 64 << 10);
         let backend = Backend::start(&image, &[]);
         serve_somebody(backend.socket(), 1);
+        backend.wait_for_log("frontend detached");
         let mut host = Self {
             _scratch: scratch,
             backend,

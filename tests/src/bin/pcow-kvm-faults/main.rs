@@ -85,7 +85,7 @@ const TESTS: &[Test] = tests![
     reading::an_empty_image_is_read_and_nothing_allocated,
     reading::the_faults_of_a_guest_that_keeps_its_halts_are_exact,
     given_back::what_was_copied_from_a_base_goes_when_the_frontend_has_left,
-    given_back::what_was_copied_from_a_base_goes_when_the_backend_ends_first,
+    given_back::what_was_copied_from_a_base_stays_when_the_backend_ends_first,
     given_back::what_was_allocated_in_an_empty_image_goes_when_the_frontend_has_left,
     stores::stores_of_four_processors_are_exact_with_bounces,
     stores::stores_of_four_processors_are_exact_without_bounces,
