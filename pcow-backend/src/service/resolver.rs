@@ -106,12 +106,13 @@ impl Resolver<'_> {
     fn map(&mut self, bytes: &Range<u64>, file: FileKey, access: Access) -> Result<()> {
         let s = self.shared;
         self.make_room_for_a_run()?;
+        if access == Access::Write {
+            // Before the guest is woken: its next touch is another thread's, and must not be noted first.
+            s.preparer.allocated(bytes);
+        }
         s.channel
             .map(s.disk.as_ref(), file, bytes, self.fault.offset)?;
         Counters::add(&s.counters.maps);
-        if access == Access::Write {
-            s.preparer.allocated(bytes);
-        }
         self.resolved();
         self.wake_companions()
     }
