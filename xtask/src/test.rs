@@ -25,9 +25,12 @@ const END_TO_END: &str = "pcow-tests";
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Leave out the end-to-end tests and the lab host, and with them QEMU and the guest
+    /// Leave out the end-to-end tests, and with them QEMU and the guest
     #[arg(long)]
     no_guest: bool,
+    /// Run the short form of `cargo xtask lab`, too
+    #[arg(long, conflicts_with = "no_guest")]
+    lab: bool,
     /// What `cargo test` is given besides, such as the name of a test
     #[arg(last = true)]
     cargo_arguments: Vec<String>,
@@ -46,7 +49,10 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     }
     report.print();
     if arguments.no_guest {
-        eprintln!("left out as asked: the end-to-end tests of {END_TO_END}, the lab host");
+        eprintln!("left out as asked: the end-to-end tests of {END_TO_END}");
+    }
+    if !arguments.lab {
+        eprintln!("left out unless asked for: what needs KVM and DAX (--lab, or cargo xtask lab)");
     }
     report.result()
 }
@@ -92,13 +98,13 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
     match (built, machine) {
         (Some(()), Some(machine)) => {
             test(arguments, machine.as_ref(), report);
-            if machine.is_some() {
+            if arguments.lab {
                 report.run("lab", || lab::short(cache));
             }
         }
         _ => {
             report.not_run("test");
-            if !arguments.no_guest {
+            if arguments.lab {
                 report.not_run("lab");
             }
         }
