@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::waiting::wait_until;
+
 /// A connection to a monitor.
 #[derive(Debug)]
 pub struct Qmp {
@@ -18,7 +20,13 @@ pub struct Qmp {
 impl Qmp {
     /// Connects to the monitor at `path`; it has to answer each command within `patience`.
     pub fn connect(path: &Path, patience: Duration) -> Self {
-        let stream = UnixStream::connect(path).unwrap();
+        // The socket has its name before it listens.
+        let mut connected = None;
+        wait_until("the monitor listens", patience, || {
+            connected = UnixStream::connect(path).ok();
+            connected.is_some()
+        });
+        let stream = connected.unwrap();
         stream.set_read_timeout(Some(patience)).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
         let mut qmp = Self { stream, lines };
