@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use pcow_protocol::frontend::{Bounces, Frontend};
 use rustix::io::Errno;
@@ -25,11 +27,20 @@ const WORD_BYTES: usize = 4;
 const INTERRUPTS_ACCEPTED: u64 = 1 << 9 | 1 << 1;
 /// The bit of CR0 that takes a processor out of real mode.
 const PROTECTED_MODE: u64 = 1;
+/// The bit of CR0 that switches paging on.
+const PAGING: u64 = 1 << 31;
 
 /// A processor in 32-bit protected mode without paging.
+///
+/// Emulated SVM loses a guest now and then: QEMU 10.0's TCG leaves it with the state of the host itself, whose next
+/// instruction is the one behind VMRUN, and the guest then faults without end. No page fault of the guest's own can do
+/// that; a processor that was found so begins its copy again.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
+    /// What [`set_flat_mode`] has made.
+    mode: kvm_sregs,
+    lost_states: u64,
     number: usize,
     bounces: Arc<Bounces>,
     repeated_entries: u64,
@@ -48,12 +59,14 @@ impl Vcpu {
     ) -> Self {
         slots.set_program(&PROGRAM);
         let fd = vm.create_vcpu(number as u64).unwrap();
-        set_flat_mode(&fd);
+        let mode = set_flat_mode(&fd);
         // All but the first would wait for the message that starts a processor.
         let mp_state = KVM_MP_STATE_RUNNABLE;
         fd.set_mp_state(kvm_mp_state { mp_state }).unwrap();
         Self {
             fd,
+            mode,
+            lost_states: 0,
             number,
             bounces: Arc::clone(frontend.bounces()),
             repeated_entries: 0,
@@ -103,17 +116,24 @@ impl Vcpu {
             ..Default::default()
         };
         self.fd.set_regs(&work).unwrap();
-        self.run_to_the_end();
+        while !self.run_to_the_end() {
+            self.lost_states += 1;
+            self.fd
+                .set_vcpu_events(&kvm_vcpu_events::default())
+                .unwrap();
+            self.fd.set_sregs(&self.mode).unwrap();
+            self.fd.set_regs(&work).unwrap();
+        }
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Enters the guest until it is done. KVM does not tell where a store failed, so an entry that fails is repeated if,
+    /// Enters the guest until it is done; false if its state was lost. KVM does not tell where a store failed, so an entry that fails is repeated if,
     /// and only if, a bounce had a page write-protected since it began.
-    fn run_to_the_end(&mut self) {
+    fn run_to_the_end(&mut self) -> bool {
         loop {
             let sequence = self.bounces.sequence();
             match self.fd.run() {
-                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(DONE_PORT) => return,
+                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(DONE_PORT) => return true,
                 Ok(exit) => panic!("processor {} left with {exit:?}", self.number),
                 Err(error)
                     if error.errno() == Errno::FAULT.raw_os_error()
@@ -121,9 +141,25 @@ impl Vcpu {
                 {
                     self.repeated_entries += 1;
                 }
+                Err(error) if error.errno() == Errno::INTR.raw_os_error() => {
+                    if self.has_lost_its_state() {
+                        return false;
+                    }
+                }
                 Err(error) => panic!("processor {} cannot run: {error}", self.number),
             }
         }
+    }
+
+    /// Whether it is outside of its program, with paging, which that cannot switch on.
+    fn has_lost_its_state(&self) -> bool {
+        let rip = self.fd.get_regs().unwrap().rip;
+        let paging = self.fd.get_sregs().unwrap().cr0 & PAGING != 0;
+        rip > PROGRAM.len() as u64 && paging
+    }
+
+    pub(super) fn lost_states(&self) -> u64 {
+        self.lost_states
     }
 
     pub(super) fn repeated_entries(&self) -> u64 {
@@ -132,7 +168,7 @@ impl Vcpu {
 }
 
 /// Segments that reach everywhere, in protected mode. Addresses are the memory's own.
-fn set_flat_mode(fd: &VcpuFd) {
+fn set_flat_mode(fd: &VcpuFd) -> kvm_sregs {
     let segment = |selector, type_| kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -155,4 +191,5 @@ fn set_flat_mode(fd: &VcpuFd) {
     registers.ss = data;
     registers.cr0 |= PROTECTED_MODE;
     fd.set_sregs(&registers).unwrap();
+    registers
 }

@@ -89,10 +89,10 @@ impl Session {
             frontend,
             backend,
         } = self;
-        let repeated = machine.repeated_entries();
+        let (repeated, lost) = (machine.repeated_entries(), machine.lost_states());
         drop(machine);
         let counted = frontend.mapping_counts();
-        println!("  {counted:?}, {repeated} entries repeated");
+        println!("  {counted:?}, {repeated} entries repeated, {lost} states lost");
         let counts = end(backend, frontend);
         counts.expect_at_least(counted);
         counts
