@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The images, and what they hold.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use pcow_format::check::check;
@@ -9,10 +10,13 @@ use pcow_tests::pattern;
 use pcow_tests::scratch::{Scratch, store};
 
 use crate::CLUSTER;
-use crate::content::{BASE, Content, OWN};
+use crate::content::{BASE, Content, OWN, expect_same};
 
 /// Bytes written in one step where neighbours are.
 const STEP: u64 = 2 << 20;
+
+/// What was stored: pieces of clusters, by where they are.
+pub type Sectors = HashMap<u64, Vec<u8>>;
 
 /// An image in a folder of its own, removed at the end.
 #[derive(Debug)]
@@ -73,6 +77,27 @@ impl TestImage {
             bytes,
             content: Content::Mixed,
             scratch,
+        }
+    }
+
+    /// Compares every byte, on disk, with the image's content and what was stored over it.
+    pub fn expect_on_disk(&self, stored: &Sectors) {
+        let mut pieces: HashMap<u64, Vec<_>> = HashMap::new();
+        for (offset, bytes) in stored {
+            let of_cluster = pieces.entry(offset / CLUSTER).or_default();
+            of_cluster.push((usize::try_from(offset % CLUSTER).unwrap(), bytes));
+        }
+        let image = Image::open(&self.path, &[]).unwrap();
+        let mut found = vec![0; usize::try_from(CLUSTER).unwrap()];
+        let mut wanted = found.clone();
+        for cluster in 0..self.bytes / CLUSTER {
+            let start = cluster * CLUSTER;
+            image.read(start, &mut found).unwrap();
+            self.content.fill(start, &mut wanted);
+            for (at, bytes) in pieces.remove(&cluster).unwrap_or_default() {
+                wanted[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+            expect_same(start, &found, &wanted);
         }
     }
 

@@ -54,7 +54,7 @@ struct Effort {
 const SHORT: Effort = Effort {
     read_bytes: 20 << 20,
     mixed_bytes: 16 << 20,
-    operations: 150,
+    operations: 100,
 };
 const FULL: Effort = Effort {
     read_bytes: 512 << 20,

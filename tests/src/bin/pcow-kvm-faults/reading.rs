@@ -5,18 +5,28 @@ use pcow_tests::micro_vm::{FaultPath, MicroVm};
 
 use crate::content::Content;
 use crate::counts::Counts;
-use crate::images::{Holdings, TestImage};
+use crate::images::{Holdings, Sectors, TestImage};
 use crate::session::{Options, Session, WITH_BOUNCES, WITHOUT_BOUNCES};
 use crate::{CLUSTER, PROCESSORS, Setting};
 
 pub fn a_base_is_read_and_nothing_allocated(setting: &Setting) {
-    let counts = read(&TestImage::clone_of(&setting.base), WITH_BOUNCES);
-    assert!(counts.unknown.bounced > 0, "{counts:?}");
+    read_with_bounces(&TestImage::clone_of(&setting.base));
 }
 
 pub fn an_empty_image_is_read_and_nothing_allocated(setting: &Setting) {
-    let counts = read(&TestImage::empty(setting.base.bytes), WITH_BOUNCES);
-    assert!(counts.unknown.bounced > 0, "{counts:?}");
+    read_with_bounces(&TestImage::empty(setting.base.bytes));
+}
+
+/// A busy host may run a kernel thread too late for its bounce: that load is taken for a store, which is the exception,
+/// and given back at the end.
+fn read_with_bounces(image: &TestImage) {
+    let mut session = Session::start(image, WITH_BOUNCES);
+    load_all(&mut session.machine, image.content);
+    let counts = session.end_backend_first();
+    let unknown = counts.unknown;
+    assert!(unknown.bounced > 0, "{counts:?}");
+    assert!(unknown.taken_for_stores * 4 < unknown.bounced, "{counts:?}");
+    expect_read_only(image);
 }
 
 /// Nothing has to be given back, and no bounce is needed.
@@ -25,19 +35,20 @@ pub fn the_faults_of_a_guest_that_keeps_its_halts_are_exact(setting: &Setting) {
         path: FaultPath::Exact,
         ..WITHOUT_BOUNCES
     };
-    let Counts { session, unknown } = read(&TestImage::clone_of(&setting.base), exact);
+    let image = TestImage::clone_of(&setting.base);
+    let mut session = Session::start(&image, exact);
+    load_all(&mut session.machine, image.content);
+    let Counts { session, unknown } = session.end();
     assert_eq!((session.unknown, session.stores), (0, 0), "{session:?}");
     assert_eq!(unknown.maybe_clean, 0, "{unknown:?}");
     assert!(session.loads > 0, "{session:?}");
+    expect_read_only(&image);
 }
 
-/// Reads all of an image, which takes next to nothing afterwards.
-fn read(image: &TestImage, how: Options<'_>) -> Counts {
-    let mut session = Session::start(image, how);
-    load_all(&mut session.machine, image.content);
-    let counts = session.end();
+/// An image that was only read takes next to nothing, and shows what it did before.
+pub fn expect_read_only(image: &TestImage) {
     Holdings::of(image).expect_next_to_nothing(image);
-    counts
+    image.expect_on_disk(&Sectors::new());
 }
 
 /// Loads every byte, the processors side by side, each one every fourth cluster.

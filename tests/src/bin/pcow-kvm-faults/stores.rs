@@ -3,15 +3,14 @@
 
 use std::collections::HashMap;
 
-use pcow_format::Image;
 use pcow_tests::files::checksums;
 use pcow_tests::micro_vm::Vcpu;
 use pcow_tests::random::Random;
 
 use crate::content::{Content, expect_same};
-use crate::images::{Holdings, TestImage};
+use crate::images::{Holdings, Sectors, TestImage};
 use crate::session::{Options, Session, WITH_BOUNCES, WITHOUT_BOUNCES};
-use crate::{CLUSTER, PROCESSORS, Setting};
+use crate::{PROCESSORS, Setting};
 
 /// Bytes that one processor loads or stores at once. Of each page every processor has one sector of its own, and all load
 /// from the rest.
@@ -19,9 +18,6 @@ const SECTOR: u64 = 512;
 const PAGE: u64 = 4096;
 /// Budgets that are exceeded many times over, so that mappings and read copies come and go.
 const SMALL_BUDGETS: &[&str] = &["--max-mappings=64", "--cache-size=2M"];
-
-/// What one processor has stored: the sectors that it has changed.
-type Sectors = HashMap<u64, Vec<u8>>;
 
 pub fn stores_of_four_processors_are_exact_with_bounces(setting: &Setting) {
     stores_are_exact(setting, WITH_BOUNCES);
@@ -44,7 +40,8 @@ fn stores_are_exact(setting: &Setting, how: Options<'_>) {
         .machine
         .run(move |vcpu| Toucher::new(vcpu, bytes).work(operations));
     let counts = session.end();
-    compare(&image, &stored);
+    let stored: Sectors = stored.into_iter().flatten().collect();
+    image.expect_on_disk(&stored);
     println!("  {:?}", Holdings::of(&image));
     assert_eq!(checksums(&image.base(), &[".data", ".map"]), base);
     assert!(counts.session.unmaps > 0, "{counts:?}");
@@ -117,26 +114,4 @@ fn initial(sector: u64) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(SECTOR).unwrap()];
     Content::Mixed.fill(sector, &mut bytes);
     bytes
-}
-
-/// Every byte of the image on disk is what the oracle has.
-fn compare(image: &TestImage, stored: &[Sectors]) {
-    let mut expected = HashMap::new();
-    for (sector, bytes) in stored.iter().flatten() {
-        let cluster: &mut Vec<_> = expected.entry(sector / CLUSTER).or_default();
-        cluster.push((sector % CLUSTER, bytes));
-    }
-    let disk = Image::open(&image.path, &[]).unwrap();
-    let mut found = vec![0; usize::try_from(CLUSTER).unwrap()];
-    let mut wanted = found.clone();
-    for cluster in 0..image.bytes / CLUSTER {
-        let start = cluster * CLUSTER;
-        disk.read(start, &mut found).unwrap();
-        Content::Mixed.fill(start, &mut wanted);
-        for (at, bytes) in expected.remove(&cluster).unwrap_or_default() {
-            let at = usize::try_from(at).unwrap();
-            wanted[at..at + bytes.len()].copy_from_slice(bytes);
-        }
-        expect_same(start, &found, &wanted);
-    }
 }
