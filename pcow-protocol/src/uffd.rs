@@ -234,8 +234,14 @@ impl Uffd {
             ioctls: 0,
         };
         // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which `api` is (layout asserted above).
-        unsafe { self.ioctl(UFFDIO_API, &mut api) }
-            .map_err(|e| Error::io("userfaultfd: agree on features", e))
+        unsafe { self.ioctl(UFFDIO_API, &mut api) }.map_err(|errno| match errno {
+            // The kernel does not say which of them it does not know.
+            Errno::INVAL => Error::io(
+                "the kernel's userfaultfd lacks write protection or remap events (needed: Linux 5.7, on arm64 6.10)",
+                errno,
+            ),
+            errno => Error::io("userfaultfd: agree on features", errno),
+        })
     }
 
     /// Registers memory of this process for missing pages and write protection.

@@ -77,6 +77,7 @@ tests_on_filesystem() {
         step "$fs/clones" guests_change_clones
         step "$fs/disks" disks_read_into_dax_memory
         step "$fs/network" network_sends_from_dax_memory
+        step "$fs/pinning" pinning_devices_are_refused
         step "$fs/merging" no_store_is_lost_to_merging
         step "$fs/default-unit" guest_writes_with_the_default_unit
         step "$fs/domains" domains "$fs"

@@ -9,6 +9,7 @@ pub mod loop_mount;
 pub mod memory;
 #[cfg(target_arch = "x86_64")]
 pub mod micro_vm;
+pub mod old_kernel;
 pub mod output;
 pub mod pattern;
 pub mod proc;
@@ -16,6 +17,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod scratch;
+pub mod tpm;
 pub mod trace;
 pub mod waiting;
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::backend::Backend;
+use crate::old_kernel;
 use crate::output::Output;
 use crate::qmp::Qmp;
 use crate::waiting::wait_until;
@@ -98,6 +99,12 @@ impl Qemu {
         self.args(&["-drive".into(), with_path(&drive, file)])
     }
 
+    /// Has it run on a kernel whose userfaultfd lacks a feature.
+    pub fn on_old_kernel(mut self) -> Self {
+        old_kernel::run_on(&mut self.command);
+        self
+    }
+
     /// A file for the machine, removed when it has ended.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
@@ -134,7 +141,8 @@ impl Qemu {
     }
 }
 
-fn with_path(text: &str, path: &Path) -> OsString {
+/// An argument that ends with a path.
+pub(crate) fn with_path(text: &str, path: &Path) -> OsString {
     let mut argument = OsString::from(text);
     argument.push(path);
     argument

@@ -15,6 +15,7 @@ use pcow_format::{Image, Stored, data_name};
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
+use pcow_tests::old_kernel;
 use pcow_tests::program;
 use pcow_tests::scratch::{Scratch, store};
 
@@ -420,4 +421,21 @@ fn a_read_only_image_is_mapped_directly_and_shared_by_several_backends() {
     assert_refused(&image, &[], FAILURE, &["in use by"]);
     second.kill().unwrap();
     second.wait().unwrap();
+}
+
+#[test]
+fn a_frontend_on_a_kernel_without_write_protection_is_told_so_and_the_next_one_is_served() {
+    let scratch = Scratch::new();
+    let backend = Backend::start(&scratch.image("image", 4 * MIB, 64 << 10), &[]);
+    let options = FrontendOptions::default();
+    let refused = std::thread::scope(|threads| {
+        let on_old_kernel = || {
+            old_kernel::enter();
+            Frontend::connect(backend.socket(), &options).unwrap_err()
+        };
+        threads.spawn(on_old_kernel).join().unwrap()
+    });
+    let reason = "the kernel's userfaultfd lacks write protection or remap events";
+    assert!(refused.to_string().contains(reason), "{refused}");
+    Frontend::connect(backend.socket(), &options).unwrap();
 }

@@ -37,6 +37,7 @@ const CONFIGURE: &[&str] = &[
     "--enable-tcg",
     "--enable-fdt=system",
     "--enable-slirp",
+    "--enable-tpm",
     "--enable-pixman",
     "--enable-numa",
     "--enable-linux-aio",

@@ -97,3 +97,50 @@ no_store_is_lost_to_merging() {
     [ "$(told sum)" = "$stored" ] || fail "stores were lost"
     rm -r "$DAX/merged.pcow" "$DAX/same.raw"
 }
+
+# try_qemu [ARGUMENT]...: a machine that does not run, with an image that a backend serves as the chardev c0, and
+# its monitor on its standard streams. What it says goes to /tmp/said.
+try_qemu() {
+    backends=
+    start_backend 0 "$DAX/pinned.pcow"
+    timeout -s KILL "$GUEST_SECONDS" qemu-system-x86_64 \
+        -machine q35,nvdimm=on,accel=kvm -cpu host -m 128M,slots=2,maxmem=2G -S \
+        -nodefaults -display none -qmp stdio \
+        -chardev "socket,id=c0,path=/tmp/backend0.sock" "$@" >/tmp/said 2>&1 || echo "QEMU ended with $?" >>/tmp/said
+    cat /tmp/said
+    end_backends
+}
+
+# A device that pins all of a guest's memory for its own access would allocate the whole image, and keep
+# what a mapping replaced.
+pinning_devices_are_refused() {
+    pcow-img create "$DAX/pinned.pcow" 64M
+    give_device_to_vfio
+    memory="memory-backend-pcow,id=pm,chardev=c0"
+    device="vfio-pci,host=$pinning,id=pinning"
+    # Without the image the device is taken.
+    printf '%s\n' '{"execute": "qmp_capabilities"}' '{"execute": "quit"}' |
+        try_qemu -device "$device"
+    ! grep 'QEMU ended with' /tmp/said
+    try_qemu -object "$memory" -device "$device" </dev/null
+    grep 'vfio .*: Cannot set discarding of RAM broken' /tmp/said
+    grep 'QEMU ended with 1' /tmp/said
+    printf '%s\n' '{"execute": "qmp_capabilities"}' \
+        '{"execute": "object-add", "arguments": {"qom-type": "memory-backend-pcow", "id": "pm", "chardev": "c0"}}' \
+        '{"execute": "quit"}' |
+        try_qemu -device "$device"
+    grep '"desc": "there are devices that pin guest memory"' /tmp/said
+    rm -r "$DAX/pinned.pcow"
+}
+
+# Binds the lab host's only device that no driver needs, QEMU's for tests of PCI, and sets $pinning to its address.
+give_device_to_vfio() {
+    for device in /sys/bus/pci/devices/*; do
+        if [ "$(cat "$device/vendor" "$device/device" | tr '\n' ' ')" = '0x1b36 0x0005 ' ]; then
+            pinning=$(basename "$device")
+        fi
+    done
+    echo vfio-pci >"/sys/bus/pci/devices/$pinning/driver_override"
+    echo "$pinning" >/sys/bus/pci/drivers_probe
+    test -e "/sys/bus/pci/drivers/vfio-pci/$pinning"
+}

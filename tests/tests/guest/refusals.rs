@@ -96,6 +96,16 @@ fn what_cannot_work_is_refused_with_a_line_that_says_so() {
 }
 
 #[test]
+fn a_kernel_without_write_protection_is_refused() {
+    let scratch = Scratch::new();
+    let backend = Backend::start(&scratch.image("image", SIZE, CLUSTER), &[]);
+    let machine = Qemu::new().on_old_kernel().pcow(&backend).args(&["-S"]);
+    let said = machine.refusal();
+    let reason = "the kernel's userfaultfd lacks write protection or remap events";
+    assert!(said.contains(reason), "{said}");
+}
+
+#[test]
 fn who_set_prealloc_without_naming_this_memory_is_told_how() {
     let scratch = Scratch::new();
     let backend = Backend::start(&scratch.image("image", SIZE, CLUSTER), &[]);

@@ -90,7 +90,7 @@ impl Machine<'_> {
             format!("memory-backend-file,id=pm,mem-path=nvdimm,size={NVDIMM_BYTES},share=on");
         // A kernel that hangs ends the machine, and says where it hung.
         let append = format!(
-            "console=ttyS0 quiet panic=-1 watchdog_thresh=30 softlockup_panic=1 {}",
+            "console=ttyS0 quiet panic=-1 watchdog_thresh=30 softlockup_panic=1 intel_iommu=on {}",
             self.environment
         );
         let mut command = Command::new(self.qemu);
@@ -100,6 +100,8 @@ impl Machine<'_> {
             .args(["-cpu", "max,+svm,+npt", "-smp", "2"])
             .args(["-m", "3G,slots=2,maxmem=16G"])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            // A device to give away, behind an IOMMU, which has to come first.
+            .args(["-device", "intel-iommu", "-device", "pci-testdev"])
             .args(["-object", &memory, "-device", "nvdimm,id=nv,memdev=pm"])
             .arg("-kernel")
             .arg(&self.boot.kernel)
