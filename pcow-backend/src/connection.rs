@@ -12,8 +12,8 @@ use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::{
-    FaultFd, FrontendCode, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK, REGION_READ_ONLY,
-    REGION_UFFD_DEVICE, Region,
+    FEATURE_BOUNCE, FaultFd, FrontendCode, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK,
+    REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
 
@@ -178,6 +178,12 @@ impl Connection<'_> {
                 self.session.attached(status);
                 self.reply(&FrontendReply::Status(FrontendCode::SetFaultFd, status))
             }
+            BackendAction::TakeLock(_) => {
+                let status = Status::from_errno(libc::EOPNOTSUPP);
+                self.reply(&FrontendReply::Status(FrontendCode::HandBack, status))
+            }
+            // Nothing of this session was asked to quiesce: a late one.
+            BackendAction::Quiesced(_, reply) => reply.map_or(Ok(()), |r| self.reply(&r)),
             BackendAction::Flush => {
                 let status = self.offer.disk.flush().map_or_else(
                     |e| {
@@ -236,7 +242,7 @@ impl Connection<'_> {
             channel: duplicate(channel)?,
             uffd: Uffd::from_peer(uffd)?,
             fault_fd,
-            bounce: self.session.bounces(),
+            bounce: self.session.has(FEATURE_BOUNCE),
             process: peer_process(self.codec.stream()),
         };
         FaultService::start(Arc::clone(&self.offer.disk), peer, self.offer.budgets)

@@ -67,7 +67,10 @@ pub enum Violation {
         /// Name of the state.
         state: &'static str,
     },
-    /// Feature bits that were not offered, or a needed one is missing (section 3).
+    /// A request that a session may hold once.
+    #[error("{0} a second time")]
+    Repeated(&'static str),
+    /// Feature bits that were not offered, or one that is needed, by pcow or by another bit, is missing (section 3).
     #[error("feature bits {0:#x} do not agree with what was offered and needed")]
     Features(u64),
 }

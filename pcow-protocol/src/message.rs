@@ -10,9 +10,9 @@ use vm_memory::ByteValued;
 
 use crate::error::Violation;
 use crate::wire::{
-    self, BackendCode, Code, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_RESERVED, FLAG_VERSION_MASK,
-    FaultFd, FrontendCode, Header, MAX_MESSAGE, Region, Register, VERSION, VhostUserMMap,
-    VhostUserU64,
+    self, BackendCode, Cancel, Code, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_RESERVED, FLAG_VERSION_MASK,
+    FaultFd, FrontendCode, Header, Held, MAX_MESSAGE, Quiesce, Quiesced, Region, Register, Reset,
+    Resume, Stop, VERSION, VhostUserMMap, VhostUserU64,
 };
 
 const HEADER: usize = size_of::<Header>();
@@ -126,8 +126,12 @@ pub enum FrontendRequest {
     GetRegion,
     /// SET_FAULT_FD; the userfaultfd is its file descriptor.
     SetFaultFd(FaultFd),
+    /// HAND_BACK; the lock is its file descriptor.
+    HandBack(Held),
     /// FLUSH.
     Flush,
+    /// QUIESCED.
+    Quiesced(Quiesced),
 }
 
 impl FrontendRequest {
@@ -141,7 +145,9 @@ impl FrontendRequest {
             Self::SetBackendReqFd => FrontendCode::SetBackendReqFd,
             Self::GetRegion => FrontendCode::GetRegion,
             Self::SetFaultFd(_) => FrontendCode::SetFaultFd,
+            Self::HandBack(_) => FrontendCode::HandBack,
             Self::Flush => FrontendCode::Flush,
+            Self::Quiesced(_) => FrontendCode::Quiesced,
         }
     }
 
@@ -153,6 +159,8 @@ impl FrontendRequest {
                 frame(VhostUserU64::new(*bits).as_slice())
             }
             Self::SetFaultFd(fault_fd) => frame(fault_fd.as_slice()),
+            Self::HandBack(held) => frame(held.as_slice()),
+            Self::Quiesced(quiesced) => frame(quiesced.as_slice()),
             Self::GetFeatures
             | Self::GetProtocolFeatures
             | Self::SetBackendReqFd
@@ -211,6 +219,16 @@ pub enum BackendRequest {
     Bounce(RegionRange),
     /// BOUNCE_END.
     BounceEnd(RegionRange),
+    /// RESET.
+    Reset,
+    /// QUIESCE.
+    Quiesce(Quiesce),
+    /// RESUME.
+    Resume(Resume),
+    /// CANCEL of the QUIESCE with this id.
+    Cancel(u64),
+    /// STOP for this reason.
+    Stop(u32),
 }
 
 impl BackendRequest {
@@ -224,6 +242,11 @@ impl BackendRequest {
             Self::Evict(_) => BackendCode::Evict,
             Self::Bounce(_) => BackendCode::Bounce,
             Self::BounceEnd(_) => BackendCode::BounceEnd,
+            Self::Reset => BackendCode::Reset,
+            Self::Quiesce(_) => BackendCode::Quiesce,
+            Self::Resume(_) => BackendCode::Resume,
+            Self::Cancel(_) => BackendCode::Cancel,
+            Self::Stop(_) => BackendCode::Stop,
         }
     }
 
@@ -244,6 +267,17 @@ impl BackendRequest {
             | Self::Evict(range)
             | Self::Bounce(range)
             | Self::BounceEnd(range) => frame(mmap_of_range(*range).as_slice()),
+            Self::Reset => frame(Reset::default().as_slice()),
+            Self::Quiesce(quiesce) => frame(quiesce.as_slice()),
+            Self::Resume(resume) => frame(resume.as_slice()),
+            Self::Cancel(id) => frame(Cancel { id: *id }.as_slice()),
+            Self::Stop(reason) => frame(
+                Stop {
+                    reason: *reason,
+                    reserved: 0,
+                }
+                .as_slice(),
+            ),
         }
     }
 }
@@ -303,7 +337,9 @@ impl Incoming for FrontendRequest {
             FrontendCode::SetBackendReqFd => Self::SetBackendReqFd,
             FrontendCode::GetRegion => Self::GetRegion,
             FrontendCode::SetFaultFd => Self::SetFaultFd(decode_fault_fd(payload)?),
+            FrontendCode::HandBack => Self::HandBack(decode_held(payload)?),
             FrontendCode::Flush => Self::Flush,
+            FrontendCode::Quiesced => Self::Quiesced(decode_quiesced(payload)?),
         })
     }
 
@@ -353,6 +389,11 @@ impl Incoming for BackendRequest {
             BackendCode::Evict => Self::Evict(decode_range(payload)?),
             BackendCode::Bounce => Self::Bounce(decode_range(payload)?),
             BackendCode::BounceEnd => Self::BounceEnd(decode_range(payload)?),
+            BackendCode::Reset => decode_reset(payload)?,
+            BackendCode::Quiesce => Self::Quiesce(decode_quiesce(payload)?),
+            BackendCode::Resume => Self::Resume(value_of(payload)),
+            BackendCode::Cancel => Self::Cancel(value_of::<Cancel>(payload).id),
+            BackendCode::Stop => Self::Stop(decode_stop(payload)?),
         })
     }
 
@@ -468,6 +509,37 @@ fn decode_fault_fd(payload: &[u8]) -> Result<FaultFd, Violation> {
     let fault_fd: FaultFd = value_of(payload);
     reserved(fault_fd.reserved == 0, "fault_fd.reserved")?;
     Ok(fault_fd)
+}
+
+fn decode_held(payload: &[u8]) -> Result<Held, Violation> {
+    let held: Held = value_of(payload);
+    reserved(held.flags == 0, "held.flags")?;
+    reserved(held.reserved == 0, "held.reserved")?;
+    Ok(held)
+}
+
+fn decode_quiesced(payload: &[u8]) -> Result<Quiesced, Violation> {
+    let quiesced: Quiesced = value_of(payload);
+    reserved(quiesced.reserved == 0, "quiesced.reserved")?;
+    Ok(quiesced)
+}
+
+fn decode_reset(payload: &[u8]) -> Result<BackendRequest, Violation> {
+    let reset: Reset = value_of(payload);
+    reserved(reset.reserved == 0, "reset.reserved")?;
+    Ok(BackendRequest::Reset)
+}
+
+fn decode_quiesce(payload: &[u8]) -> Result<Quiesce, Violation> {
+    let quiesce: Quiesce = value_of(payload);
+    reserved(quiesce.reserved == 0, "quiesce.reserved")?;
+    Ok(quiesce)
+}
+
+fn decode_stop(payload: &[u8]) -> Result<u32, Violation> {
+    let stop: Stop = value_of(payload);
+    reserved(stop.reserved == 0, "stop.reserved")?;
+    Ok(stop.reason)
 }
 
 fn decode_register(payload: &[u8]) -> Result<Register, Violation> {

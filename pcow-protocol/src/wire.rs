@@ -2,7 +2,7 @@
 //! Bytes on the wire: numbers, header, payload layouts and limits, as the tables of `protocol.md` have them.
 //!
 //! Knows nothing of sockets, sessions or memory. What means the same as in vhost-user is taken from the `vhost` crate.
-#![allow(unsafe_code)] // `ByteValued` for the three payloads that are pcow's own
+#![allow(unsafe_code)] // `ByteValued` for the payloads that are pcow's own
 
 use std::mem::{offset_of, size_of};
 
@@ -44,12 +44,19 @@ pub const FEATURE_BACKEND_SEND_FD: u64 = VhostUserProtocolFeatures::BACKEND_SEND
 pub const FEATURE_PCOW: u64 = 1 << 56;
 /// Protocol feature: the frontend can let a kernel thread's request for write access fail (section 5.2, BOUNCE).
 pub const FEATURE_BOUNCE: u64 = 1 << 57;
+/// Protocol feature: the frontend carries out RESET and can hand the lock back (section 6.1).
+pub const FEATURE_RESET: u64 = 1 << 58;
+/// Protocol feature: the frontend carries out QUIESCE, RESUME and CANCEL (section 5.4). Needs [`FEATURE_RESET`].
+pub const FEATURE_QUIESCE: u64 = 1 << 59;
+/// Protocol feature: the frontend carries out STOP.
+pub const FEATURE_STOP: u64 = 1 << 60;
 /// The protocol features without which there is no session.
 pub const NEEDED_FEATURES: u64 =
     FEATURE_REPLY_ACK | FEATURE_BACKEND_REQ | FEATURE_BACKEND_SEND_FD | FEATURE_PCOW;
 
 /// Every protocol feature of this version.
-pub const KNOWN_FEATURES: u64 = NEEDED_FEATURES | FEATURE_BOUNCE;
+pub const KNOWN_FEATURES: u64 =
+    NEEDED_FEATURES | FEATURE_BOUNCE | FEATURE_RESET | FEATURE_QUIESCE | FEATURE_STOP;
 
 /// Bytes that a region's size and address are a multiple of.
 pub const REGION_ALIGNMENT: u64 = 2 << 20;
@@ -78,6 +85,9 @@ pub const REGISTER_WRITABLE: u32 = 1 << 0;
 pub const REGISTER_SYNC: u32 = 1 << 1;
 /// All register flags.
 pub const REGISTER_FLAGS: u32 = REGISTER_WRITABLE | REGISTER_SYNC;
+
+/// Reason of a STOP: there is no space left.
+pub const STOP_NO_SPACE: u32 = 1;
 
 /// Mmap flag: map writable.
 pub const MMAP_RW: u64 = VhostUserMMapFlags::WRITABLE.bits();
@@ -150,6 +160,80 @@ impl Register {
     }
 }
 
+/// The payload of HAND_BACK.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// UUID of the image, bytes in RFC 9562 order.
+    pub image: [u8; 16],
+    /// UUID of the layer that the frontend last knew as active.
+    pub layer: [u8; 16],
+    /// 0.
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// The payload of QUIESCED.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quiesced {
+    /// That of the QUIESCE; not 0.
+    pub id: u64,
+    /// 0: I/O is drained and held; else an errno, and nothing is held.
+    pub error: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// The payload of RESET.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reset {
+    /// 0.
+    pub reserved: u64,
+}
+
+/// The payload of QUIESCE.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quiesce {
+    /// Not 0, and greater than that of any QUIESCE before it in the session.
+    pub id: u64,
+    /// Milliseconds that draining may take.
+    pub deadline_ms: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// The payload of RESUME.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resume {
+    /// That of the QUIESCE.
+    pub id: u64,
+    /// UUID of the layer that is active from now on.
+    pub layer: [u8; 16],
+}
+
+/// The payload of CANCEL.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cancel {
+    /// That of the QUIESCE.
+    pub id: u64,
+}
+
+/// The payload of STOP.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stop {
+    /// [`STOP_NO_SPACE`], or a reason that this version does not know.
+    pub reason: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
 // The layouts of protocol.md sections 2.1 and 5. No implicit padding: each size is the sum of its fields.
 const _: () = {
     assert!(size_of::<Header>() == 12);
@@ -172,6 +256,27 @@ const _: () = {
     assert!(offset_of!(Register, slot) == 0);
     assert!(offset_of!(Register, flags) == 4);
     assert!(offset_of!(Register, length) == 8);
+    assert!(size_of::<Held>() == 40);
+    assert!(offset_of!(Held, image) == 0);
+    assert!(offset_of!(Held, layer) == 16);
+    assert!(offset_of!(Held, flags) == 32);
+    assert!(offset_of!(Held, reserved) == 36);
+    assert!(size_of::<Quiesced>() == 16);
+    assert!(offset_of!(Quiesced, id) == 0);
+    assert!(offset_of!(Quiesced, error) == 8);
+    assert!(offset_of!(Quiesced, reserved) == 12);
+    assert!(size_of::<Reset>() == 8);
+    assert!(size_of::<Quiesce>() == 16);
+    assert!(offset_of!(Quiesce, id) == 0);
+    assert!(offset_of!(Quiesce, deadline_ms) == 8);
+    assert!(offset_of!(Quiesce, reserved) == 12);
+    assert!(size_of::<Resume>() == 24);
+    assert!(offset_of!(Resume, id) == 0);
+    assert!(offset_of!(Resume, layer) == 8);
+    assert!(size_of::<Cancel>() == 8);
+    assert!(size_of::<Stop>() == 8);
+    assert!(offset_of!(Stop, reason) == 0);
+    assert!(offset_of!(Stop, reserved) == 4);
     assert!(size_of::<VhostUserMMap>() == 40);
     assert!(offset_of!(VhostUserMMap, shmid) == 0);
     assert!(offset_of!(VhostUserMMap, padding) == 1);
@@ -191,6 +296,20 @@ unsafe impl ByteValued for Region {}
 unsafe impl ByteValued for FaultFd {}
 // SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
 unsafe impl ByteValued for Register {}
+// SAFETY: integers and byte arrays, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Held {}
+// SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Quiesced {}
+// SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Reset {}
+// SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Quiesce {}
+// SAFETY: integers and byte arrays, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Resume {}
+// SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Cancel {}
+// SAFETY: integers, `repr(C)`, no padding (asserted above), any bit pattern is valid.
+unsafe impl ByteValued for Stop {}
 
 /// A payload layout of section 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,6 +326,20 @@ pub enum Layout {
     Register,
     /// [`VhostUserMMap`].
     Mmap,
+    /// [`Held`].
+    Held,
+    /// [`Quiesced`].
+    Quiesced,
+    /// [`Reset`].
+    Reset,
+    /// [`Quiesce`].
+    Quiesce,
+    /// [`Resume`].
+    Resume,
+    /// [`Cancel`].
+    Cancel,
+    /// [`Stop`].
+    Stop,
 }
 
 impl Layout {
@@ -214,10 +347,10 @@ impl Layout {
     pub const fn size(self) -> u32 {
         match self {
             Self::None => 0,
-            Self::U64 => 8,
-            Self::Register => 16,
-            Self::FaultFd => 24,
-            Self::Mmap => 40,
+            Self::U64 | Self::Reset | Self::Cancel | Self::Stop => 8,
+            Self::Register | Self::Quiesced | Self::Quiesce => 16,
+            Self::FaultFd | Self::Resume => 24,
+            Self::Mmap | Self::Held => 40,
             Self::Region => 56,
         }
     }
@@ -241,8 +374,12 @@ pub enum FrontendCode {
     GetRegion = 1000,
     /// The userfaultfd and where the region is.
     SetFaultFd = 1001,
+    /// The lock that was kept from an earlier session.
+    HandBack = 1002,
     /// Make what was stored durable.
     Flush = 1003,
+    /// I/O is drained and held, or could not be.
+    Quiesced = 1004,
 }
 
 /// Requests of the backend channel (section 5.2).
@@ -263,6 +400,16 @@ pub enum BackendCode {
     Bounce = 1005,
     /// End that moment and wake.
     BounceEnd = 1006,
+    /// Make everything a trap again, forget all slots, and wake.
+    Reset = 1007,
+    /// Drain and hold I/O.
+    Quiesce = 1008,
+    /// Let I/O go on, with a new active layer.
+    Resume = 1009,
+    /// Let I/O go on.
+    Cancel = 1010,
+    /// Stop the virtual machine.
+    Stop = 1011,
 }
 
 // The private numbers of both channels do not meet vhost-user's.
@@ -312,7 +459,9 @@ impl Code for FrontendCode {
         Self::SetBackendReqFd,
         Self::GetRegion,
         Self::SetFaultFd,
+        Self::HandBack,
         Self::Flush,
+        Self::Quiesced,
     ];
 
     fn number(self) -> u32 {
@@ -328,7 +477,9 @@ impl Code for FrontendCode {
             Self::SetBackendReqFd => "SET_BACKEND_REQ_FD",
             Self::GetRegion => "GET_REGION",
             Self::SetFaultFd => "SET_FAULT_FD",
+            Self::HandBack => "HAND_BACK",
             Self::Flush => "FLUSH",
+            Self::Quiesced => "QUIESCED",
         }
     }
 
@@ -336,6 +487,8 @@ impl Code for FrontendCode {
         match self {
             Self::SetFeatures | Self::SetProtocolFeatures => Layout::U64,
             Self::SetFaultFd => Layout::FaultFd,
+            Self::HandBack => Layout::Held,
+            Self::Quiesced => Layout::Quiesced,
             Self::GetFeatures
             | Self::GetProtocolFeatures
             | Self::SetBackendReqFd
@@ -353,13 +506,13 @@ impl Code for FrontendCode {
 
     fn request_fds(self) -> usize {
         match self {
-            Self::SetBackendReqFd | Self::SetFaultFd => 1,
+            Self::SetBackendReqFd | Self::SetFaultFd | Self::HandBack => 1,
             _ => 0,
         }
     }
 
     fn must_ask(self) -> bool {
-        matches!(self, Self::SetFaultFd | Self::Flush)
+        matches!(self, Self::SetFaultFd | Self::HandBack | Self::Flush)
     }
 }
 
@@ -372,6 +525,11 @@ impl Code for BackendCode {
         Self::Evict,
         Self::Bounce,
         Self::BounceEnd,
+        Self::Reset,
+        Self::Quiesce,
+        Self::Resume,
+        Self::Cancel,
+        Self::Stop,
     ];
 
     fn number(self) -> u32 {
@@ -387,6 +545,11 @@ impl Code for BackendCode {
             Self::Evict => "EVICT",
             Self::Bounce => "BOUNCE",
             Self::BounceEnd => "BOUNCE_END",
+            Self::Reset => "RESET",
+            Self::Quiesce => "QUIESCE",
+            Self::Resume => "RESUME",
+            Self::Cancel => "CANCEL",
+            Self::Stop => "STOP",
         }
     }
 
@@ -394,6 +557,11 @@ impl Code for BackendCode {
         match self {
             Self::RegisterFd | Self::ForgetFd => Layout::Register,
             Self::Map | Self::Unmap | Self::Evict | Self::Bounce | Self::BounceEnd => Layout::Mmap,
+            Self::Reset => Layout::Reset,
+            Self::Quiesce => Layout::Quiesce,
+            Self::Resume => Layout::Resume,
+            Self::Cancel => Layout::Cancel,
+            Self::Stop => Layout::Stop,
         }
     }
 
@@ -406,6 +574,9 @@ impl Code for BackendCode {
     }
 
     fn must_ask(self) -> bool {
-        matches!(self, Self::RegisterFd | Self::Bounce)
+        matches!(
+            self,
+            Self::RegisterFd | Self::Bounce | Self::Reset | Self::Quiesce
+        )
     }
 }

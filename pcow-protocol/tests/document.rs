@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use pcow_protocol::wire::{
-    self, BackendCode, Code, FaultFd, FrontendCode, Header, Layout, Region, Register,
+    self, BackendCode, Cancel, Code, FaultFd, FrontendCode, Header, Held, Layout, Quiesce,
+    Quiesced, Region, Register, Reset, Resume, Stop,
 };
 
 /// The document, which the constants must agree with.
@@ -53,6 +54,13 @@ fn payload_name(layout: Layout) -> &'static str {
         Layout::FaultFd => "*fault fd*",
         Layout::Register => "*register*",
         Layout::Mmap => "*mmap*",
+        Layout::Held => "*held*",
+        Layout::Quiesced => "*quiesced*",
+        Layout::Reset => "*reset*",
+        Layout::Quiesce => "*quiesce*",
+        Layout::Resume => "*resume*",
+        Layout::Cancel => "*cancel*",
+        Layout::Stop => "*stop*",
     }
 }
 
@@ -62,11 +70,8 @@ fn compare_requests<C: Code>(heading: &str) {
         .into_iter()
         .filter(|row| !is_layout_row(row))
         .collect();
-    let (reserved, requests): (Vec<_>, Vec<_>) =
-        rows.into_iter().partition(|row| row[1].is_empty());
-    assert!(reserved.iter().all(|row| row[4].starts_with("reserved")));
-    assert_eq!(requests.len(), C::ALL.len());
-    for (row, code) in requests.iter().zip(C::ALL) {
+    assert_eq!(rows.len(), C::ALL.len());
+    for (row, code) in rows.iter().zip(C::ALL) {
         assert_eq!(row[0], code.number().to_string());
         assert_eq!(row[1], code.name());
         assert!(row[2].starts_with(payload_name(code.request())), "{row:?}");
@@ -107,6 +112,9 @@ fn the_documents_features_are_the_constants() {
         ("BACKEND_SEND_FD", wire::FEATURE_BACKEND_SEND_FD),
         ("PCOW", wire::FEATURE_PCOW),
         ("BOUNCE", wire::FEATURE_BOUNCE),
+        ("RESET", wire::FEATURE_RESET),
+        ("QUIESCE", wire::FEATURE_QUIESCE),
+        ("STOP", wire::FEATURE_STOP),
     ];
     let rows: Vec<_> = rows("## 3.")
         .into_iter()
@@ -124,6 +132,67 @@ fn the_documents_features_are_the_constants() {
 
 /// A layout in the document: where it begins, its size, and offset, size and name of each field in the code.
 type DocumentedLayout = (&'static str, u32, &'static [(usize, usize, &'static str)]);
+
+/// The layouts that re-attachment and snapshots need.
+fn later_layouts() -> [DocumentedLayout; 7] {
+    use std::mem::offset_of;
+    [
+        (
+            "**Held** (40 bytes)",
+            Layout::Held.size(),
+            &[
+                (offset_of!(Held, image), 16, "image"),
+                (offset_of!(Held, layer), 16, "layer"),
+                (offset_of!(Held, flags), 4, "flags"),
+                (offset_of!(Held, reserved), 4, "reserved"),
+            ],
+        ),
+        (
+            "**Quiesced** (16 bytes)",
+            Layout::Quiesced.size(),
+            &[
+                (offset_of!(Quiesced, id), 8, "id"),
+                (offset_of!(Quiesced, error), 4, "error"),
+                (offset_of!(Quiesced, reserved), 4, "reserved"),
+            ],
+        ),
+        (
+            "**Reset** (8 bytes)",
+            Layout::Reset.size(),
+            &[(offset_of!(Reset, reserved), 8, "reserved")],
+        ),
+        (
+            "**Quiesce** (16 bytes)",
+            Layout::Quiesce.size(),
+            &[
+                (offset_of!(Quiesce, id), 8, "id"),
+                (offset_of!(Quiesce, deadline_ms), 4, "deadline_ms"),
+                (offset_of!(Quiesce, reserved), 4, "reserved"),
+            ],
+        ),
+        (
+            "**Resume** (24 bytes)",
+            Layout::Resume.size(),
+            &[
+                (offset_of!(Resume, id), 8, "id"),
+                (offset_of!(Resume, layer), 16, "layer"),
+            ],
+        ),
+        (
+            "**Cancel** (8 bytes)",
+            Layout::Cancel.size(),
+            &[(offset_of!(Cancel, id), 8, "id")],
+        ),
+        (
+            "**Stop** (8 bytes)",
+            Layout::Stop.size(),
+            &[
+                (offset_of!(Stop, reason), 4, "reason"),
+                (offset_of!(Stop, reserved), 4, "reserved"),
+            ],
+        ),
+    ]
+}
 
 fn layouts() -> [DocumentedLayout; 5] {
     use std::mem::offset_of;
@@ -186,7 +255,7 @@ fn layouts() -> [DocumentedLayout; 5] {
 
 #[test]
 fn the_documents_layouts_are_the_structures() {
-    for (text, size, fields) in layouts() {
+    for (text, size, fields) in layouts().into_iter().chain(later_layouts()) {
         let rows = rows_after(text);
         assert_eq!(rows.len(), fields.len(), "{text}");
         for (row, (offset, bytes, name)) in rows.iter().zip(fields) {
@@ -229,4 +298,6 @@ fn the_documents_flags_are_the_constants() {
     );
     assert!(DOCUMENT.contains("at least 16"));
     assert_eq!(wire::MIN_MAPPING_LIMIT, 16);
+    assert!(DOCUMENT.contains("1: there is no space left"));
+    assert_eq!(wire::STOP_NO_SPACE, 1);
 }

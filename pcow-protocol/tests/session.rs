@@ -11,14 +11,28 @@ use pcow_protocol::session::{
     Rules,
 };
 use pcow_protocol::wire::{
-    BackendCode, Code, FEATURE_BOUNCE, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd,
-    FrontendCode, KNOWN_FEATURES, NEEDED_FEATURES, REGION_ALIGNMENT, REGISTER_WRITABLE, Region,
-    Register,
+    BackendCode, Code, FEATURE_BOUNCE, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FEATURE_QUIESCE,
+    FEATURE_RESET, FEATURE_STOP, FaultFd, FrontendCode, Held, KNOWN_FEATURES, NEEDED_FEATURES,
+    Quiesce, Quiesced, REGION_ALIGNMENT, REGISTER_WRITABLE, Region, Register, Resume,
 };
 
 const SIZE: u64 = 2 * REGION_ALIGNMENT;
 const PAGE: u64 = 4096;
 const EBUSY: i32 = libc::EBUSY;
+const OPTIONAL: u64 = KNOWN_FEATURES & !NEEDED_FEATURES;
+
+const HELD: Held = Held {
+    image: [1; 16],
+    layer: [2; 16],
+    flags: 0,
+    reserved: 0,
+};
+
+const QUIESCED: Quiesced = Quiesced {
+    id: 1,
+    error: 0,
+    reserved: 0,
+};
 
 fn fault_fd() -> FaultFd {
     FaultFd {
@@ -35,11 +49,13 @@ fn request(code: FrontendCode) -> FrontendRequest {
         FrontendCode::GetFeatures => FrontendRequest::GetFeatures,
         FrontendCode::SetFeatures => FrontendRequest::SetFeatures(FEATURE_PROTOCOL_FEATURES),
         FrontendCode::GetProtocolFeatures => FrontendRequest::GetProtocolFeatures,
-        FrontendCode::SetProtocolFeatures => FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES),
+        FrontendCode::SetProtocolFeatures => FrontendRequest::SetProtocolFeatures(KNOWN_FEATURES),
         FrontendCode::SetBackendReqFd => FrontendRequest::SetBackendReqFd,
         FrontendCode::GetRegion => FrontendRequest::GetRegion,
         FrontendCode::SetFaultFd => FrontendRequest::SetFaultFd(fault_fd()),
+        FrontendCode::HandBack => FrontendRequest::HandBack(HELD),
         FrontendCode::Flush => FrontendRequest::Flush,
+        FrontendCode::Quiesced => FrontendRequest::Quiesced(QUIESCED),
     }
 }
 
@@ -94,16 +110,16 @@ fn expected(state: &str, code: FrontendCode) -> Option<BackendAction> {
     let done = FrontendReply::Status(code, Status::OK);
     match (state, code) {
         ("new", C::GetFeatures) => features(1 << 30),
-        ("features", C::GetProtocolFeatures) => {
-            features(1 << 3 | 1 << 5 | 1 << 10 | 1 << 56 | 1 << 57)
-        }
+        ("features", C::GetProtocolFeatures) => features(1 << 3 | 1 << 5 | 1 << 10 | 0x1f << 56),
         ("new", C::SetFeatures) | ("features", C::SetProtocolFeatures) => {
             Some(BackendAction::Reply(done))
         }
         ("negotiated" | "channel" | "serving", C::GetRegion) => Some(BackendAction::ReplyRegion),
         ("negotiated", C::SetBackendReqFd) => Some(BackendAction::TakeChannel(Some(done))),
         ("channel", C::SetFaultFd) => Some(BackendAction::Attach(fault_fd())),
+        ("negotiated" | "channel", C::HandBack) => Some(BackendAction::TakeLock(HELD)),
         ("serving", C::Flush) => Some(BackendAction::Flush),
+        ("serving", C::Quiesced) => Some(BackendAction::Quiesced(QUIESCED, Some(done))),
         _ => None,
     }
 }
@@ -140,6 +156,7 @@ fn requests_that_want_no_answer_get_none() {
 fn what_must_be_answered_must_ask_for_it() {
     for (state, code) in [
         ("channel", FrontendCode::SetFaultFd),
+        ("negotiated", FrontendCode::HandBack),
         ("serving", FrontendCode::Flush),
     ] {
         let result = backend_in(state).request(&request(code), false);
@@ -165,13 +182,50 @@ fn features_that_were_not_offered_or_miss_a_needed_one_are_refused() {
         0,
         NEEDED_FEATURES | 1,
         NEEDED_FEATURES & !FEATURE_PCOW,
-        NEEDED_FEATURES | 1 << 58,
+        NEEDED_FEATURES | 1 << 61,
+        NEEDED_FEATURES | FEATURE_QUIESCE,
         FEATURE_BOUNCE,
     ] {
         let request = FrontendRequest::SetProtocolFeatures(bits);
         let result = backend_in("features").request(&request, true);
         assert_eq!(result, Err(Violation::Features(bits)));
     }
+}
+
+#[test]
+fn a_lock_is_handed_back_once_in_a_session() {
+    let mut session = backend_in("negotiated");
+    let hand_back = request(FrontendCode::HandBack);
+    session.request(&hand_back, true).unwrap();
+    session
+        .request(&request(FrontendCode::SetBackendReqFd), true)
+        .unwrap();
+    let again = session.request(&hand_back, true);
+    assert_eq!(again, Err(Violation::Repeated("HAND_BACK")));
+}
+
+#[test]
+fn requests_of_features_that_were_not_agreed_on_are_unknown_to_the_backend() {
+    let mut session = backend_in("features");
+    let chosen = FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES);
+    session.request(&chosen, true).unwrap();
+    let refused = session.request(&request(FrontendCode::HandBack), true);
+    assert_eq!(refused, Err(Violation::UnknownRequest(1002)));
+    for code in [FrontendCode::SetBackendReqFd, FrontendCode::SetFaultFd] {
+        session.request(&request(code), true).unwrap();
+    }
+    session.attached(Status::OK);
+    let refused = session.request(&request(FrontendCode::Quiesced), false);
+    assert_eq!(refused, Err(Violation::UnknownRequest(1004)));
+}
+
+#[test]
+fn nobody_quiesces_for_the_id_zero() {
+    let quiesced = Quiesced { id: 0, ..QUIESCED };
+    let refused = backend_in("serving").request(&FrontendRequest::Quiesced(quiesced), false);
+    assert_eq!(refused, Err(Violation::OutOfRange("quiesced.id")));
+    let quiet = backend_in("serving").request(&request(FrontendCode::Quiesced), false);
+    assert_eq!(quiet, Ok(BackendAction::Quiesced(QUIESCED, None)));
 }
 
 #[test]
@@ -248,13 +302,17 @@ fn reply(code: FrontendCode) -> FrontendReply {
 /// A frontend that waits for the reply to this request, if it ever asks for one.
 fn frontend_awaiting(code: Option<FrontendCode>) -> FrontendSession {
     use FrontendCode as C;
-    let (mut session, first) = FrontendSession::start(true);
+    let (mut session, first) = FrontendSession::start(OPTIONAL);
     assert_eq!(first, FrontendRequest::GetFeatures);
     for answered in [C::GetFeatures, C::GetProtocolFeatures, C::GetRegion] {
         if code == Some(answered) {
             return session;
         }
         session.reply(&reply(answered)).unwrap();
+    }
+    if code == Some(C::HandBack) {
+        session.hand_back(HELD);
+        return session;
     }
     session.reserved(fault_fd());
     if code == Some(C::SetFaultFd) {
@@ -278,6 +336,7 @@ fn expected_step(code: FrontendCode) -> FrontendStep {
             FrontendStep::Send([R::SetProtocolFeatures(KNOWN_FEATURES), R::GetRegion])
         }
         FrontendCode::GetRegion => FrontendStep::Reserve(region()),
+        FrontendCode::HandBack => FrontendStep::HandedBack,
         FrontendCode::SetFaultFd => FrontendStep::Serving,
         FrontendCode::Flush => FrontendStep::Flushed(Status::OK),
         other => panic!("{other:?} is sent without a wish for a reply"),
@@ -291,6 +350,7 @@ fn every_state_of_the_frontend_meets_every_reply() {
         C::GetFeatures,
         C::GetProtocolFeatures,
         C::GetRegion,
+        C::HandBack,
         C::SetFaultFd,
         C::Flush,
     ];
@@ -312,7 +372,7 @@ fn every_state_of_the_frontend_meets_every_reply() {
 
 #[test]
 fn the_two_ends_lead_each_other_through_the_whole_session() {
-    let (mut frontend, first) = FrontendSession::start(true);
+    let (mut frontend, first) = FrontendSession::start(OPTIONAL);
     let mut backend = BackendSession::new(SIZE);
     let mut outgoing = vec![first];
     let mut served = false;
@@ -324,6 +384,10 @@ fn the_two_ends_lead_each_other_through_the_whole_session() {
             BackendAction::Reply(reply) => reply,
             BackendAction::ReplyRegion => FrontendReply::Region(region()),
             BackendAction::Nothing | BackendAction::TakeChannel(None) => continue,
+            BackendAction::TakeLock(held) => {
+                assert_eq!(held, HELD);
+                FrontendReply::Status(request.code(), Status::OK)
+            }
             BackendAction::Attach(_) => {
                 backend.attached(Status::OK);
                 FrontendReply::Status(request.code(), Status::OK)
@@ -332,19 +396,44 @@ fn the_two_ends_lead_each_other_through_the_whole_session() {
         };
         match frontend.reply(&reply).unwrap() {
             FrontendStep::Send(requests) => outgoing.extend(requests),
-            FrontendStep::Reserve(_) => outgoing.extend(frontend.reserved(fault_fd())),
+            FrontendStep::Reserve(_) => outgoing.push(frontend.hand_back(HELD)),
+            FrontendStep::HandedBack => outgoing.extend(frontend.reserved(fault_fd())),
             FrontendStep::Serving => served = true,
             step => panic!("{step:?}"),
         }
     }
     assert!(served);
-    assert!(frontend.bounces() && backend.bounces());
+    assert_eq!(frontend.features(), OPTIONAL);
+    for feature in [FEATURE_BOUNCE, FEATURE_RESET, FEATURE_QUIESCE, FEATURE_STOP] {
+        assert!(backend.has(feature));
+    }
+    let status = Status::from_errno(libc::ETIMEDOUT);
+    let quiesced = FrontendSession::quiesced(9, status);
+    let expected = Quiesced {
+        id: 9,
+        error: 110,
+        reserved: 0,
+    };
+    let action = backend.request(&quiesced, false);
+    assert_eq!(action, Ok(BackendAction::Quiesced(expected, None)));
 }
 
 #[test]
-fn bounce_is_agreed_on_only_if_both_ends_know_it() {
+fn a_refused_lock_ends_the_attempt_of_the_frontend() {
+    let mut session = frontend_awaiting(Some(FrontendCode::HandBack));
+    let status = Status::from_errno(libc::ESTALE);
+    let step = session.reply(&FrontendReply::Status(FrontendCode::HandBack, status));
+    assert_eq!(step, Ok(FrontendStep::Refused(libc::ESTALE)));
+}
+
+#[test]
+fn a_feature_is_agreed_on_only_if_both_ends_know_it_and_what_it_needs() {
     let offer = |bits| FrontendReply::Features(FrontendCode::GetProtocolFeatures, bits);
-    for (wanted, offered) in [(true, NEEDED_FEATURES), (false, KNOWN_FEATURES)] {
+    for (wanted, offered) in [
+        (OPTIONAL, NEEDED_FEATURES),
+        (0, KNOWN_FEATURES),
+        (OPTIONAL, NEEDED_FEATURES | FEATURE_QUIESCE),
+    ] {
         let (mut frontend, _) = FrontendSession::start(wanted);
         frontend.reply(&reply(FrontendCode::GetFeatures)).unwrap();
         let step = frontend.reply(&offer(offered)).unwrap();
@@ -353,10 +442,10 @@ fn bounce_is_agreed_on_only_if_both_ends_know_it() {
             step,
             FrontendStep::Send([chosen, FrontendRequest::GetRegion])
         );
-        assert!(!frontend.bounces());
+        assert_eq!(frontend.features(), 0);
         let mut backend = backend_in("features");
         backend.request(&chosen, false).unwrap();
-        assert!(!backend.bounces());
+        assert!(!backend.has(OPTIONAL));
     }
 }
 
@@ -368,7 +457,7 @@ fn a_peer_without_pcow_is_recognised_and_one_without_protocol_features_refused()
     let step = session.reply(&offer(FrontendCode::GetProtocolFeatures, without));
     assert_eq!(step, Ok(FrontendStep::NotPcow));
 
-    let (mut session, _) = FrontendSession::start(true);
+    let (mut session, _) = FrontendSession::start(OPTIONAL);
     let result = session.reply(&offer(FrontendCode::GetFeatures, 1));
     assert_eq!(result, Err(Violation::Features(1)));
 }
@@ -440,7 +529,7 @@ const RULES: Rules = Rules {
     region_size: SIZE,
     read_only: false,
     page_size: PAGE,
-    bounce: true,
+    features: OPTIONAL,
 };
 
 /// A file in slot 3 for loads and stores, one page in slot 4 for loads.
@@ -602,7 +691,12 @@ fn a_read_only_region_has_no_writable_slot() {
 #[test]
 fn a_registration_must_ask_for_its_status() {
     for code in BackendCode::ALL {
-        let asks = [BackendCode::RegisterFd, BackendCode::Bounce];
+        let asks = [
+            BackendCode::RegisterFd,
+            BackendCode::Bounce,
+            BackendCode::Reset,
+            BackendCode::Quiesce,
+        ];
         assert_eq!(code.must_ask(), asks.contains(code));
     }
     let refused = mappings();
@@ -612,31 +706,95 @@ fn a_registration_must_ask_for_its_status() {
     assert_eq!(result, Err(Refusal::Violation(violation)));
 }
 
+fn quiesce(id: u64) -> BackendRequest {
+    BackendRequest::Quiesce(Quiesce {
+        id,
+        deadline_ms: 100,
+        reserved: 0,
+    })
+}
+
 #[test]
-fn bounces_that_were_not_agreed_on_and_those_of_a_read_only_region_are_unknown_requests() {
+fn requests_of_features_that_were_not_agreed_on_are_unknown_to_the_frontend() {
     let page = RegionRange {
         offset: 0,
         len: PAGE,
     };
-    let without = [
-        Rules {
-            bounce: false,
+    let requests = [
+        (BackendRequest::Bounce(page), FEATURE_BOUNCE),
+        (BackendRequest::BounceEnd(page), FEATURE_BOUNCE),
+        (BackendRequest::Reset, FEATURE_RESET),
+        (quiesce(1), FEATURE_QUIESCE),
+        (BackendRequest::Resume(Resume::default()), FEATURE_QUIESCE),
+        (BackendRequest::Cancel(1), FEATURE_QUIESCE),
+        (BackendRequest::Stop(1), FEATURE_STOP),
+    ];
+    for (request, feature) in requests {
+        let mut with = Mappings::<()>::new(RULES);
+        assert!(with.request(&request, true).is_ok(), "{request:?}");
+        let mut without = Mappings::<()>::new(Rules {
+            features: OPTIONAL & !feature,
             ..RULES
-        },
-        Rules {
+        });
+        let result = without.request(&request, true);
+        let violation = Violation::UnknownRequest(request.code().number());
+        assert_eq!(result, Err(Refusal::Violation(violation)), "{request:?}");
+    }
+}
+
+#[test]
+fn bounces_of_a_read_only_region_are_unknown_requests() {
+    let page = RegionRange {
+        offset: 0,
+        len: PAGE,
+    };
+    for request in [
+        BackendRequest::Bounce(page),
+        BackendRequest::BounceEnd(page),
+    ] {
+        let mut mappings = Mappings::<()>::new(Rules {
             read_only: true,
             ..RULES
-        },
-    ];
-    for rules in without {
-        for request in [
-            BackendRequest::Bounce(page),
-            BackendRequest::BounceEnd(page),
-        ] {
-            let mut mappings = Mappings::<()>::new(rules);
-            let result = mappings.request(&request, true);
-            let violation = Violation::UnknownRequest(request.code().number());
-            assert_eq!(result, Err(Refusal::Violation(violation)));
-        }
+        });
+        let result = mappings.request(&request, true);
+        let violation = Violation::UnknownRequest(request.code().number());
+        assert_eq!(result, Err(Refusal::Violation(violation)));
     }
+}
+
+#[test]
+fn a_reset_that_was_carried_out_leaves_every_slot_free() {
+    let mut all = mappings();
+    assert_eq!(
+        all.request(&BackendRequest::Reset, true),
+        Ok(MappingAction::Reset)
+    );
+    // Until it was carried out the slots are there: a reset that fails has changed nothing.
+    assert!(all.request(&map(3, 0, 0, PAGE, true), false).is_ok());
+    all.forget_all();
+    let register = BackendRequest::RegisterFd(writable(3));
+    assert_eq!(
+        all.request(&register, true),
+        Ok(MappingAction::Register(writable(3)))
+    );
+    let refused = all.request(&map(4, 0, 0, PAGE, false), false);
+    let violation = Violation::OutOfRange("mmap.shmid");
+    assert_eq!(refused, Err(Refusal::Violation(violation)));
+}
+
+#[test]
+fn ids_of_quiesces_grow() {
+    let mut all = mappings();
+    let violation = Refusal::Violation(Violation::OutOfRange("quiesce.id"));
+    assert_eq!(all.request(&quiesce(0), true), Err(violation));
+    assert!(all.request(&quiesce(5), true).is_ok());
+    for old in [4, 5] {
+        assert_eq!(all.request(&quiesce(old), true), Err(violation));
+    }
+    assert!(all.request(&quiesce(u64::MAX), true).is_ok());
+    assert_eq!(
+        all.request(&BackendRequest::Cancel(3), false),
+        Ok(MappingAction::Cancel(3)),
+        "an old id is the executor's to ignore"
+    );
 }

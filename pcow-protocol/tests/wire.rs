@@ -9,7 +9,8 @@ use pcow_protocol::message::{
     Status,
 };
 use pcow_protocol::wire::{
-    self, BackendCode, Code, FaultFd, FrontendCode, Header, Region, Register,
+    self, BackendCode, Code, FaultFd, FrontendCode, Header, Held, Quiesce, Quiesced, Region,
+    Register, Resume,
 };
 use vm_memory::ByteValued;
 
@@ -39,6 +40,36 @@ fn decode<M: Incoming>(bytes: &[u8]) -> Result<M, Violation> {
 
 fn ranged(offset: u64, len: u64) -> RegionRange {
     RegionRange { offset, len }
+}
+
+/// A request, whether it asks for an answer, and its bytes.
+type Case<R> = (R, bool, &'static str);
+
+/// What came with re-attachment and snapshots.
+fn later_frontend_requests() -> [Case<FrontendRequest>; 2] {
+    let held = Held {
+        image: *b"0123456789abcdef",
+        layer: *b"ABCDEFGHIJKLMNOP",
+        ..Held::default()
+    };
+    let quiesced = Quiesced {
+        id: 0x0102,
+        error: libc::ETIMEDOUT.unsigned_abs(),
+        reserved: 0,
+    };
+    [
+        (
+            FrontendRequest::HandBack(held),
+            true,
+            "ea030000 09000000 28000000
+             30313233343536373839616263646566 4142434445464748494a4b4c4d4e4f50 00000000 00000000",
+        ),
+        (
+            FrontendRequest::Quiesced(quiesced),
+            false,
+            "ec030000 01000000 10000000 0201000000000000 6e000000 00000000",
+        ),
+    ]
 }
 
 #[test]
@@ -87,7 +118,8 @@ fn frontend_requests_have_these_bytes() {
         ),
         (FrontendRequest::Flush, true, "eb030000 09000000 00000000"),
     ];
-    assert_eq!(cases.len(), FrontendCode::ALL.len());
+    let cases = cases.into_iter().chain(later_frontend_requests());
+    assert_eq!(cases.clone().count(), FrontendCode::ALL.len());
     for (request, reply_wanted, bytes) in cases {
         assert_eq!(
             request.encode(reply_wanted).as_bytes(),
@@ -135,6 +167,46 @@ fn frontend_replies_have_these_bytes() {
         assert_eq!(reply.encode().as_bytes(), hex(bytes), "{reply:?}");
         assert_eq!(decode::<FrontendReply>(&hex(bytes)).unwrap(), reply);
     }
+}
+
+/// What came with re-attachment and snapshots.
+fn later_backend_requests() -> [Case<BackendRequest>; 5] {
+    let quiesce = Quiesce {
+        id: 7,
+        deadline_ms: 500,
+        reserved: 0,
+    };
+    let resume = Resume {
+        id: 7,
+        layer: *b"ABCDEFGHIJKLMNOP",
+    };
+    [
+        (
+            BackendRequest::Reset,
+            true,
+            "ef030000 09000000 08000000 0000000000000000",
+        ),
+        (
+            BackendRequest::Quiesce(quiesce),
+            true,
+            "f0030000 09000000 10000000 0700000000000000 f4010000 00000000",
+        ),
+        (
+            BackendRequest::Resume(resume),
+            false,
+            "f1030000 01000000 18000000 0700000000000000 4142434445464748494a4b4c4d4e4f50",
+        ),
+        (
+            BackendRequest::Cancel(7),
+            false,
+            "f2030000 01000000 08000000 0700000000000000",
+        ),
+        (
+            BackendRequest::Stop(wire::STOP_NO_SPACE),
+            false,
+            "f3030000 01000000 08000000 01000000 00000000",
+        ),
+    ]
 }
 
 #[test]
@@ -192,7 +264,8 @@ fn backend_requests_have_these_bytes() {
              0000000000000000 0050000000000000 0010000000000000 0000000000000000",
         ),
     ];
-    assert_eq!(cases.len(), BackendCode::ALL.len());
+    let cases = cases.into_iter().chain(later_backend_requests());
+    assert_eq!(cases.clone().count(), BackendCode::ALL.len());
     for (request, reply_wanted, bytes) in cases {
         assert_eq!(
             request.encode(reply_wanted).as_bytes(),
@@ -235,6 +308,15 @@ fn reserved_fields_that_are_not_zero_are_refused() {
     let refused = decode::<FrontendRequest>(&set(&fault_fd, 12 + 20));
     assert_eq!(refused, Err(Violation::Reserved("fault_fd.reserved")));
 
+    let held = format!("ea030000 09000000 28000000 {}", zeros(40));
+    for (index, field) in [(32, "held.flags"), (36, "held.reserved")] {
+        let refused = decode::<FrontendRequest>(&set(&held, 12 + index));
+        assert_eq!(refused, Err(Violation::Reserved(field)));
+    }
+    let quiesced = format!("ec030000 01000000 10000000 {}", zeros(16));
+    let refused = decode::<FrontendRequest>(&set(&quiesced, 12 + 12));
+    assert_eq!(refused, Err(Violation::Reserved("quiesced.reserved")));
+
     let region = format!("e8030000 05000000 38000000 {}", zeros(56));
     for (index, field) in [(16, "region.flags"), (20, "region.reserved")] {
         let refused = decode::<FrontendReply>(&set(&region, 12 + index));
@@ -252,6 +334,9 @@ fn reserved_fields_that_are_not_zero_are_refused() {
         ("ec", 40, 39, "mmap.flags"),
         ("ed", 40, 0, "mmap.shmid"),
         ("ee", 40, 8, "mmap.fd_offset"),
+        ("ef", 8, 0, "reset.reserved"),
+        ("f0", 16, 12, "quiesce.reserved"),
+        ("f3", 8, 4, "stop.reserved"),
     ];
     for (number, size, index, field) in requests {
         let bytes = format!("{number}030000 01000000 {size:02x}000000 {}", zeros(size));
@@ -274,7 +359,7 @@ fn headers_that_are_wrong_are_told_apart() {
     assert_eq!(check(1, 2, 0), Violation::Version(2));
     assert_eq!(check(1, 0x11, 0), Violation::Flags(0x11));
     assert_eq!(check(3, 1, 0), Violation::UnknownRequest(3));
-    assert_eq!(check(1002, 9, 0), Violation::UnknownRequest(1002));
+    assert_eq!(check(1005, 9, 0), Violation::UnknownRequest(1005));
     assert_eq!(check(1, 5, 8), Violation::UnexpectedReply(1));
     let size = Violation::Size {
         name: "GET_FEATURES",

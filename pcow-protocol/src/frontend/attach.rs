@@ -80,10 +80,10 @@ impl MainChannel {
     /// Negotiates until the backend has said what it serves.
     pub(super) fn negotiate(
         stream: UnixStream,
-        bounce: bool,
+        features: u64,
         deadline: Instant,
     ) -> Result<(Self, Offer)> {
-        let (session, first) = FrontendSession::start(bounce);
+        let (session, first) = FrontendSession::start(features);
         let mut main = Self {
             connection: Connection::new(stream),
             session,
@@ -102,9 +102,9 @@ impl MainChannel {
         }
     }
 
-    /// Whether BOUNCE was agreed on.
-    pub(super) fn bounces(&self) -> bool {
-        self.session.bounces()
+    /// The optional features that were agreed on.
+    pub(super) fn features(&self) -> u64 {
+        self.session.features()
     }
 
     /// Hands over the backend channel and the userfaultfd; returns when the region is served.

@@ -247,6 +247,9 @@ impl Mapper {
                 surface.bounces.end(page);
                 Ok(())
             }
+            // Not offered by this frontend.
+            MappingAction::Reset | MappingAction::Quiesce(_) => Err(Errno::OPNOTSUPP),
+            MappingAction::Resume(_) | MappingAction::Cancel(_) | MappingAction::Stop(_) => Ok(()),
         };
         done.map_err(|errno| Refusal::Status(Status::from_errno(errno.raw_os_error())))
     }

@@ -108,7 +108,12 @@ impl Frontend {
     }
 
     fn attach(stream: UnixStream, options: &FrontendOptions, deadline: Instant) -> Result<Self> {
-        let (main, offer) = MainChannel::negotiate(stream, options.bounce, deadline)?;
+        let features = if options.bounce {
+            wire::FEATURE_BOUNCE
+        } else {
+            0
+        };
+        let (main, offer) = MainChannel::negotiate(stream, features, deadline)?;
         let mapping_limit = mapping_limit(options.mapping_limit)?;
         let offered = offer.region;
         let region = Arc::new(reserve(offer)?);
@@ -228,7 +233,7 @@ impl Session {
             region_size: offered.size,
             read_only: offered.flags & wire::REGION_READ_ONLY != 0,
             page_size: rustix::param::page_size() as u64,
-            bounce: main.bounces(),
+            features: main.features(),
         };
         let mapper = Mapper {
             channel: Connection::new(ours),

@@ -4,8 +4,8 @@
 use crate::error::Violation;
 use crate::message::{FrontendReply, FrontendRequest, Status};
 use crate::wire::{
-    Code, FEATURE_BOUNCE, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode, KNOWN_FEATURES,
-    MIN_MAPPING_LIMIT, NEEDED_FEATURES, REGION_ALIGNMENT,
+    Code, FEATURE_PROTOCOL_FEATURES, FEATURE_QUIESCE, FEATURE_RESET, FaultFd, FrontendCode, Held,
+    KNOWN_FEATURES, MIN_MAPPING_LIMIT, NEEDED_FEATURES, Quiesced, REGION_ALIGNMENT,
 };
 
 /// Where a session is (section 4).
@@ -37,10 +37,12 @@ impl State {
         match self {
             Self::New => matches!(code, C::GetFeatures | C::SetFeatures),
             Self::Features => matches!(code, C::GetProtocolFeatures | C::SetProtocolFeatures),
-            Self::Negotiated => matches!(code, C::GetRegion | C::SetBackendReqFd),
-            Self::Channel => matches!(code, C::GetRegion | C::SetFaultFd),
+            Self::Negotiated => {
+                matches!(code, C::GetRegion | C::HandBack | C::SetBackendReqFd)
+            }
+            Self::Channel => matches!(code, C::GetRegion | C::HandBack | C::SetFaultFd),
             Self::Attaching => false,
-            Self::Serving => matches!(code, C::GetRegion | C::Flush),
+            Self::Serving => matches!(code, C::GetRegion | C::Flush | C::Quiesced),
         }
     }
 }
@@ -59,6 +61,10 @@ pub enum BackendAction {
     /// The request's file descriptor is the userfaultfd. Register what is needed, begin to serve, and answer; then tell
     /// [`BackendSession::attached`].
     Attach(FaultFd),
+    /// The request's file descriptor is the lock that the frontend has kept: compare, and answer.
+    TakeLock(Held),
+    /// The frontend has drained its I/O, or could not; then send the reply, if there is one.
+    Quiesced(Quiesced, Option<FrontendReply>),
     /// Make everything durable, and answer.
     Flush,
 }
@@ -71,6 +77,7 @@ pub struct BackendSession {
     state: State,
     region_size: u64,
     protocol_features: u64,
+    handed_back: bool,
 }
 
 impl BackendSession {
@@ -80,6 +87,7 @@ impl BackendSession {
             state: State::New,
             region_size,
             protocol_features: 0,
+            handed_back: false,
         }
     }
 
@@ -106,7 +114,7 @@ impl BackendSession {
                 done
             }
             FrontendRequest::SetProtocolFeatures(bits) => {
-                choose(*bits, KNOWN_FEATURES, NEEDED_FEATURES)?;
+                choose(*bits, KNOWN_FEATURES, needed_with(*bits))?;
                 self.protocol_features = *bits;
                 self.state = State::Negotiated;
                 done
@@ -117,13 +125,20 @@ impl BackendSession {
             }
             FrontendRequest::GetRegion => BackendAction::ReplyRegion,
             FrontendRequest::SetFaultFd(fault_fd) => self.attach(fault_fd)?,
+            FrontendRequest::HandBack(held) => self.take_lock(held)?,
             FrontendRequest::Flush => BackendAction::Flush,
+            FrontendRequest::Quiesced(quiesced) => {
+                if quiesced.id == 0 {
+                    return Err(Violation::OutOfRange("quiesced.id"));
+                }
+                BackendAction::Quiesced(*quiesced, status)
+            }
         })
     }
 
-    /// Whether the frontend can carry out BOUNCE.
-    pub fn bounces(&self) -> bool {
-        self.protocol_features & FEATURE_BOUNCE != 0
+    /// Whether this optional feature (`FEATURE_*` bit) was agreed on.
+    pub fn has(&self, feature: u64) -> bool {
+        self.protocol_features & feature != 0
     }
 
     /// SET_FAULT_FD was answered with this status.
@@ -143,10 +158,26 @@ impl BackendSession {
                 state: self.state.name(),
             });
         }
+        let feature = match code {
+            FrontendCode::HandBack => Some(FEATURE_RESET),
+            FrontendCode::Quiesced => Some(FEATURE_QUIESCE),
+            _ => None,
+        };
+        if feature.is_some_and(|bit| !self.has(bit)) {
+            return Err(Violation::UnknownRequest(code.number()));
+        }
         if code.must_ask() && !reply_wanted {
             return Err(Violation::ReplyNotWanted(code.name()));
         }
         Ok(())
+    }
+
+    fn take_lock(&mut self, held: &Held) -> Result<BackendAction, Violation> {
+        if self.handed_back {
+            return Err(Violation::Repeated(FrontendCode::HandBack.name()));
+        }
+        self.handed_back = true;
+        Ok(BackendAction::TakeLock(*held))
     }
 
     fn attach(&mut self, fault_fd: &FaultFd) -> Result<BackendAction, Violation> {
@@ -154,6 +185,12 @@ impl BackendSession {
         self.state = State::Attaching;
         Ok(BackendAction::Attach(*fault_fd))
     }
+}
+
+/// What a choice of protocol features must have: what every session needs, and what the chosen bits need.
+fn needed_with(bits: u64) -> u64 {
+    let quiesce = bits & FEATURE_QUIESCE != 0;
+    NEEDED_FEATURES | if quiesce { FEATURE_RESET } else { 0 }
 }
 
 /// The choice must be a part of what was offered, and have all that is needed.

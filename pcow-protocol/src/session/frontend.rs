@@ -4,8 +4,8 @@
 use crate::error::Violation;
 use crate::message::{FrontendReply, FrontendRequest, Status};
 use crate::wire::{
-    Code, FEATURE_BOUNCE, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FaultFd, FrontendCode,
-    MAX_REGION_SIZE, NEEDED_FEATURES, REGION_ALIGNMENT, Region,
+    Code, FEATURE_PCOW, FEATURE_PROTOCOL_FEATURES, FEATURE_QUIESCE, FEATURE_RESET, FaultFd,
+    FrontendCode, Held, MAX_REGION_SIZE, NEEDED_FEATURES, Quiesced, REGION_ALIGNMENT, Region,
 };
 
 /// What is awaited from the backend.
@@ -16,6 +16,7 @@ enum State {
     Region,
     /// The caller reserves the region.
     Reserving,
+    HandingBack,
     Attaching,
     Serving,
     Flushing,
@@ -28,6 +29,7 @@ impl State {
             Self::Features => Some(FrontendCode::GetFeatures),
             Self::ProtocolFeatures => Some(FrontendCode::GetProtocolFeatures),
             Self::Region => Some(FrontendCode::GetRegion),
+            Self::HandingBack => Some(FrontendCode::HandBack),
             Self::Attaching => Some(FrontendCode::SetFaultFd),
             Self::Flushing => Some(FrontendCode::Flush),
             Self::Reserving | Self::Serving | Self::Refused => None,
@@ -42,11 +44,14 @@ pub enum FrontendStep {
     Send([FrontendRequest; 2]),
     /// The peer offers vhost-user features, but not pcow's.
     NotPcow,
-    /// Reserve the region, then call [`FrontendSession::reserved`].
+    /// Reserve the region, or make it trap again. With a lock of an earlier session, [`FrontendSession::hand_back`]; then
+    /// call [`FrontendSession::reserved`].
     Reserve(Region),
+    /// The backend has taken the lock: call [`FrontendSession::reserved`].
+    HandedBack,
     /// The backend serves the region.
     Serving,
-    /// The backend refused the userfaultfd.
+    /// The backend refused the userfaultfd, or the lock.
     Refused(i32),
     /// The flush that was asked for is done, or failed.
     Flushed(Status),
@@ -59,23 +64,24 @@ pub enum FrontendStep {
 #[derive(Debug)]
 pub struct FrontendSession {
     state: State,
-    /// Whether BOUNCE is wanted, and since the features were chosen, whether it was agreed on.
-    bounce: bool,
+    /// The optional features that are wanted, and since they were chosen, those that were agreed on.
+    features: u64,
 }
 
 impl FrontendSession {
-    /// A new connection, and the request to begin with. With `bounce` the frontend can carry out BOUNCE.
-    pub fn start(bounce: bool) -> (Self, FrontendRequest) {
+    /// A new connection, and the request to begin with. `wanted` are the optional features (`FEATURE_*` bits) that the
+    /// frontend can carry out.
+    pub fn start(wanted: u64) -> (Self, FrontendRequest) {
         let session = Self {
             state: State::Features,
-            bounce,
+            features: wanted,
         };
         (session, FrontendRequest::GetFeatures)
     }
 
-    /// Whether the backend may ask for BOUNCE. Known when the region is.
-    pub fn bounces(&self) -> bool {
-        self.bounce
+    /// The optional features that were agreed on. Known when the region is.
+    pub fn features(&self) -> u64 {
+        self.features
     }
 
     /// Takes the reply that was waited for.
@@ -87,11 +93,32 @@ impl FrontendSession {
             return Err(Violation::UnexpectedReply(reply.code().number()));
         }
         match reply {
-            FrontendReply::Features(FrontendCode::GetFeatures, bits) => self.features(*bits),
+            FrontendReply::Features(FrontendCode::GetFeatures, bits) => self.choose_features(*bits),
             FrontendReply::Features(_, bits) => Ok(self.protocol_features(*bits)),
             FrontendReply::Region(region) => self.region(*region),
             FrontendReply::Status(_, status) => Ok(self.status(*status)),
         }
+    }
+
+    /// Hands the lock of an earlier session back: the request that carries it. The feature RESET was agreed on.
+    pub fn hand_back(&mut self, held: Held) -> FrontendRequest {
+        assert_eq!(
+            self.state,
+            State::Reserving,
+            "a lock is handed back once, when the region is known"
+        );
+        self.state = State::HandingBack;
+        FrontendRequest::HandBack(held)
+    }
+
+    /// Answers a QUIESCE; asks for no reply, so it can be sent at any time while the region is served.
+    pub fn quiesced(id: u64, outcome: Status) -> FrontendRequest {
+        let error = outcome.errno().map_or(0, i32::unsigned_abs);
+        FrontendRequest::Quiesced(Quiesced {
+            id,
+            error,
+            reserved: 0,
+        })
     }
 
     /// The region is reserved, and the backend channel is served: what to send now.
@@ -121,7 +148,7 @@ impl FrontendSession {
         FrontendRequest::Flush
     }
 
-    fn features(&mut self, bits: u64) -> Result<FrontendStep, Violation> {
+    fn choose_features(&mut self, bits: u64) -> Result<FrontendStep, Violation> {
         if bits & FEATURE_PROTOCOL_FEATURES == 0 {
             return Err(Violation::Features(bits));
         }
@@ -138,10 +165,12 @@ impl FrontendSession {
             return FrontendStep::NotPcow;
         }
         self.state = State::Region;
-        self.bounce &= bits & FEATURE_BOUNCE != 0;
-        let chosen = NEEDED_FEATURES | if self.bounce { FEATURE_BOUNCE } else { 0 };
+        self.features &= bits;
+        if self.features & FEATURE_RESET == 0 {
+            self.features &= !FEATURE_QUIESCE;
+        }
         FrontendStep::Send([
-            FrontendRequest::SetProtocolFeatures(chosen),
+            FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES | self.features),
             FrontendRequest::GetRegion,
         ])
     }
@@ -165,6 +194,10 @@ impl FrontendSession {
             return FrontendStep::Flushed(status);
         }
         match status.errno() {
+            None if self.state == State::HandingBack => {
+                self.state = State::Reserving;
+                FrontendStep::HandedBack
+            }
             None => {
                 self.state = State::Serving;
                 FrontendStep::Serving

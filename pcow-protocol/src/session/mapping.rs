@@ -5,7 +5,10 @@
 
 use crate::error::Violation;
 use crate::message::{BackendRequest, Map, RegionRange, Status};
-use crate::wire::{BackendCode, Code, Register};
+use crate::wire::{
+    BackendCode, Code, FEATURE_BOUNCE, FEATURE_QUIESCE, FEATURE_RESET, FEATURE_STOP, Quiesce,
+    Register, Resume,
+};
 
 /// How many slots there are.
 const SLOTS: usize = 256;
@@ -38,6 +41,16 @@ pub enum MappingAction<'a, F> {
     Bounce(RegionRange),
     /// End that, then wake.
     BounceEnd(RegionRange),
+    /// Make the whole region a trap; when that is done, [`Mappings::forget_all`]; then wake.
+    Reset,
+    /// Begin to drain and hold I/O, in another thread.
+    Quiesce(Quiesce),
+    /// Let I/O go on if it is held for this id, and remember the active layer.
+    Resume(Resume),
+    /// Let I/O go on if it is held for this id.
+    Cancel(u64),
+    /// Stop the virtual machine for this reason.
+    Stop(u32),
 }
 
 /// Why a request is not carried out.
@@ -72,8 +85,8 @@ pub struct Rules {
     pub read_only: bool,
     /// Bytes of a page.
     pub page_size: u64,
-    /// Whether BOUNCE was agreed on.
-    pub bounce: bool,
+    /// The optional features that were agreed on.
+    pub features: u64,
 }
 
 /// The slots of a session, and the rules for its requests.
@@ -81,13 +94,19 @@ pub struct Rules {
 pub struct Mappings<F> {
     slots: Vec<Option<Slot<F>>>,
     rules: Rules,
+    /// The id of the last QUIESCE.
+    last_quiesce: u64,
 }
 
 impl<F> Mappings<F> {
     /// No slot is in use yet.
     pub fn new(rules: Rules) -> Self {
         let slots = std::iter::repeat_with(|| None).take(SLOTS).collect();
-        Self { slots, rules }
+        Self {
+            slots,
+            rules,
+            last_quiesce: 0,
+        }
     }
 
     /// Decides what to do with a request.
@@ -100,6 +119,9 @@ impl<F> Mappings<F> {
         reply_wanted: bool,
     ) -> Result<MappingAction<'_, F>, Refusal> {
         let code = request.code();
+        if self.rules.features & feature_of(code) != feature_of(code) {
+            return Err(Violation::UnknownRequest(code.number()).into());
+        }
         if code.must_ask() && !reply_wanted {
             return Err(Violation::ReplyNotWanted(code.name()).into());
         }
@@ -113,7 +135,17 @@ impl<F> Mappings<F> {
             BackendRequest::BounceEnd(page) => {
                 Ok(MappingAction::BounceEnd(self.bounced(code, *page)?))
             }
+            BackendRequest::Reset => Ok(MappingAction::Reset),
+            BackendRequest::Quiesce(quiesce) => self.quiesce(quiesce),
+            BackendRequest::Resume(resume) => Ok(MappingAction::Resume(*resume)),
+            BackendRequest::Cancel(id) => Ok(MappingAction::Cancel(*id)),
+            BackendRequest::Stop(reason) => Ok(MappingAction::Stop(*reason)),
         }
+    }
+
+    /// Empties all slots, after a RESET.
+    pub fn forget_all(&mut self) {
+        self.slots.fill_with(|| None);
     }
 
     /// Fills the slot of a [`MappingAction::Register`] whose descriptor has proved itself.
@@ -173,9 +205,17 @@ impl<F> Mappings<F> {
         })
     }
 
-    /// One page, if such requests were agreed on. Nothing of a read-only region is ever stored to.
+    fn quiesce(&mut self, quiesce: &Quiesce) -> Result<MappingAction<'_, F>, Refusal> {
+        if quiesce.id <= self.last_quiesce {
+            return Err(Violation::OutOfRange("quiesce.id").into());
+        }
+        self.last_quiesce = quiesce.id;
+        Ok(MappingAction::Quiesce(*quiesce))
+    }
+
+    /// One page. Nothing of a read-only region is ever stored to.
     fn bounced(&self, code: BackendCode, page: RegionRange) -> Result<RegionRange, Violation> {
-        if !self.rules.bounce || self.rules.read_only {
+        if self.rules.read_only {
             return Err(Violation::UnknownRequest(code.number()));
         }
         if page.len != self.rules.page_size {
@@ -196,6 +236,21 @@ impl<F> Mappings<F> {
             Some(_) => Ok(range),
             None => Err(Violation::OutOfRange("mmap range")),
         }
+    }
+}
+
+/// The features that a request needs.
+fn feature_of(code: BackendCode) -> u64 {
+    match code {
+        BackendCode::Bounce | BackendCode::BounceEnd => FEATURE_BOUNCE,
+        BackendCode::Reset => FEATURE_RESET,
+        BackendCode::Quiesce | BackendCode::Resume | BackendCode::Cancel => FEATURE_QUIESCE,
+        BackendCode::Stop => FEATURE_STOP,
+        BackendCode::RegisterFd
+        | BackendCode::ForgetFd
+        | BackendCode::Map
+        | BackendCode::Unmap
+        | BackendCode::Evict => 0,
     }
 }
 

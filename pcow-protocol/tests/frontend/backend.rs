@@ -153,7 +153,7 @@ impl Backend {
                         remaps,
                     };
                 }
-                BackendAction::Flush => unreachable!(),
+                action => panic!("{action:?}"),
             }
         }
     }
