@@ -105,7 +105,7 @@ fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
         announce(path, &disk);
         return Ok(Arc::new(disk));
     }
-    let image = Image::open(path, &cli.base_dir)?;
+    let image = Image::open_to_serve(path, &cli.base_dir)?;
     let discarded = image.recovery().discarded_clusters;
     if discarded > 0 {
         log::warn!(

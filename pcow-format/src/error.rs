@@ -29,6 +29,8 @@ pub enum ErrorKind {
     BaseForbidden,
     /// Another process holds the image.
     Locked,
+    /// A frontend has the image in use, and no backend serves it.
+    Orphaned,
     /// A file that is about to be written has more than one name.
     Linked,
     /// Of the two files of the active layer only one is on DAX.
@@ -96,6 +98,7 @@ impl Error {
             ErrorKind::Locked => {
                 Some("stop that process first, or work on a clone made with 'create --base'")
             }
+            ErrorKind::Orphaned => Some("start a backend for it, or stop the virtual machine"),
             ErrorKind::Linked => Some(
                 "this looks like a copy made with 'cp -al'; copy the image with 'cp -a' or clone it",
             ),

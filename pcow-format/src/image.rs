@@ -12,7 +12,7 @@ use crate::active::{Active, Recovery};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::layer_files::{self, BaseDirs, Pair};
-use crate::lock::ImageLock;
+use crate::lock::{ImageLock, Purpose};
 use crate::map::State;
 use crate::medium::real::RealDirectory;
 use crate::medium::{Access, Directory, Domain, Site};
@@ -227,14 +227,32 @@ impl Image {
         Self::load(dir, Environment::for_image(path, base_dirs)?)
     }
 
+    /// As [`Image::open`], to serve the image to a frontend. A frontend whose backend has ended may still use it: see
+    /// [`ImageLock::in_use`].
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn open_to_serve(path: &Path, base_dirs: &[PathBuf]) -> Result<Self> {
+        let dir = open_image_dir(path)?;
+        let env = Environment::for_image(path, base_dirs)?;
+        Self::load_for(Purpose::Serve, dir, env)
+    }
+
     /// As [`Image::open`] on an open directory.
     ///
     /// # Errors
     /// As [`Image::open`].
     pub fn load(dir: Arc<dyn Directory>, env: Environment) -> Result<Self> {
+        Self::load_for(Purpose::Change, dir, env)
+    }
+
+    fn load_for(purpose: Purpose, dir: Arc<dyn Directory>, env: Environment) -> Result<Self> {
         // Read once before locking, so that what is no image is said to be none; what counts is read under the lock.
         read_root(dir.as_ref())?;
-        let lock = ImageLock::exclusive(dir.as_ref())?;
+        let lock = match purpose {
+            Purpose::Change => ImageLock::exclusive(dir.as_ref())?,
+            Purpose::Serve => ImageLock::to_serve(dir.as_ref())?,
+        };
         // A predecessor may have died between the rename of the root and the sync of the directory. What is
         // promised from now on rests on the root that is read here, so that must not be lost any more (I4).
         dir.sync(Site("open.dir.sync"))
@@ -245,7 +263,7 @@ impl Image {
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
         if let Some(lock) = &lock {
-            lock.record_holder();
+            lock.record_holder(stored.env.boot, purpose);
         }
         crate::ops::sweep(&stored)?;
         Ok(Self {

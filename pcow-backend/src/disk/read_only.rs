@@ -86,7 +86,7 @@ impl Disk for ReadOnlyDisk {
     }
 
     fn lock(&self) -> Option<&std::fs::File> {
-        self.lock.as_ref().map(ImageLock::in_use)
+        self.lock.as_ref().and_then(ImageLock::in_use)
     }
 
     fn scope(&self, offset: u64) -> Range<u64> {

@@ -154,7 +154,7 @@ impl Disk for WritableDisk {
     }
 
     fn lock(&self) -> Option<&std::fs::File> {
-        self.image.lock().map(pcow_format::ImageLock::in_use)
+        self.image.lock().and_then(pcow_format::ImageLock::in_use)
     }
 
     fn scope(&self, offset: u64) -> Range<u64> {

@@ -154,6 +154,25 @@ fn an_image_of_which_a_layer_is_gone() {
 }
 
 #[test]
+fn an_image_that_a_virtual_machine_keeps_after_its_backend_has_ended() {
+    let s = with_snapshot();
+    let served = s.image("vm");
+    let in_use = served.lock().unwrap().in_use().unwrap();
+    let _kept = in_use.try_clone().unwrap();
+    drop(served);
+    let wanted = [
+        "in use by a virtual machine whose backend has ended",
+        "start a backend for it",
+    ];
+    let writing = ["snapshot", "rollback", "rebase"];
+    for args in COMMANDS.iter().filter(|a| writing.contains(&a[0])) {
+        s.refused(args, 1, &wanted);
+    }
+    s.refused(&["check", "vm"], 1, &wanted);
+    assert!(s.ok(&["info", "vm"]).contains(&wanted[0][10..]));
+}
+
+#[test]
 fn an_image_that_another_process_holds() {
     let s = with_snapshot();
     let held = s.image("vm");
