@@ -43,6 +43,11 @@ pub struct Cli {
     #[arg(long)]
     pub read_only: bool,
 
+    /// Replace the backend that serves the image now: ask it to end, kill it if it does not within ten seconds, and go on
+    /// where it was. The virtual machine only pauses.
+    #[arg(long, conflicts_with = "read_only")]
+    pub takeover: bool,
+
     /// Print what this program can do, as JSON, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -96,7 +101,7 @@ fn parse_cache_size(text: &str) -> Result<u64, String> {
 pub fn capabilities() -> serde_json::Value {
     serde_json::json!({
         "type": "pcow",
-        "features": ["read-only", "dax", "flush"],
+        "features": ["read-only", "dax", "flush", "takeover"],
     })
 }
 

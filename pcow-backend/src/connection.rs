@@ -7,12 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use pcow_format::HandedBack;
 use pcow_protocol::codec::{Connection as Codec, Received};
 use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::{
-    FEATURE_BOUNCE, FaultFd, FrontendCode, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK,
+    FEATURE_BOUNCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK,
     REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
@@ -41,27 +42,60 @@ pub struct Offer {
 }
 
 impl Offer {
-    fn region(&self) -> Region {
+    /// What a frontend is told, and the descriptors that go with it.
+    fn region(&self) -> (Region, Vec<BorrowedFd<'_>>) {
         let (image, layer) = self.disk.identity();
+        // Asked once: a frontend that keeps the lock may end in between.
+        let lock = self.disk.lock().map(AsFd::as_fd);
+        let device = self.uffd_device.as_ref().map(AsFd::as_fd);
         let mut flags = 0;
         for (flag, set) in [
             (REGION_READ_ONLY, self.disk.read_only()),
             (REGION_DAX, self.disk.is_dax()),
-            (REGION_LOCK, self.disk.lock().is_some()),
-            (REGION_UFFD_DEVICE, self.uffd_device.is_some()),
+            (REGION_LOCK, lock.is_some()),
+            (REGION_UFFD_DEVICE, device.is_some()),
         ] {
             if set {
                 flags |= flag;
             }
         }
-        Region {
+        let region = Region {
             size: self.disk.size(),
             alignment: REGION_ALIGNMENT,
             flags,
             reserved: 0,
             image,
             layer,
+        };
+        (region, lock.into_iter().chain(device).collect())
+    }
+
+    /// Takes the lock that a frontend has kept from an earlier session.
+    fn take_lock(&self, held: &Held, kept: OwnedFd) -> Status {
+        let (image, _) = self.disk.identity();
+        if held.image != image {
+            log::warn!("a frontend was refused: its memory is of another image");
+            return Status::from_errno(libc::ESTALE);
         }
+        if !self.disk.continues(held.layer) {
+            log::warn!("a frontend was refused: the image has changed since its backend ended");
+            return Status::from_errno(libc::ESTALE);
+        }
+        let refused = match self.disk.hand_back(kept) {
+            Ok(Some(HandedBack::Taken)) => {
+                log::info!("a frontend has come back with its memory");
+                return Status::OK;
+            }
+            Ok(Some(HandedBack::OtherFile)) => (libc::ESTALE, "its memory is of a copy"),
+            Ok(Some(HandedBack::Busy)) => (libc::EBUSY, "another process has the image"),
+            Ok(None) => (libc::EINVAL, "this image has no lock that is handed back"),
+            Err(e) => {
+                log::warn!("a frontend was refused: {}", chain(&e));
+                return Status::from_errno(libc::EINVAL);
+            }
+        };
+        log::warn!("a frontend was refused: {}", refused.1);
+        Status::from_errno(refused.0)
     }
 
     /// Gives back what the attached frontend, if there is one, has only read.
@@ -71,12 +105,6 @@ impl Offer {
         give_back
             .unwrap_or_else(PoisonError::into_inner)
             .run(deadline);
-    }
-
-    fn region_fds(&self) -> Vec<BorrowedFd<'_>> {
-        let lock = self.disk.lock().map(AsFd::as_fd);
-        let device = self.uffd_device.as_ref().map(AsFd::as_fd);
-        lock.into_iter().chain(device).collect()
     }
 }
 
@@ -166,8 +194,9 @@ impl Connection<'_> {
             BackendAction::Nothing => Ok(()),
             BackendAction::Reply(reply) => self.reply(&reply),
             BackendAction::ReplyRegion => {
-                let reply = FrontendReply::Region(self.offer.region());
-                self.codec.send(&reply.encode(), &self.offer.region_fds())
+                let (region, fds) = self.offer.region();
+                let reply = FrontendReply::Region(region);
+                self.codec.send(&reply.encode(), &fds)
             }
             BackendAction::TakeChannel(reply) => {
                 self.channel = Some(UnixStream::from(single_fd(received.fds)?));
@@ -178,8 +207,8 @@ impl Connection<'_> {
                 self.session.attached(status);
                 self.reply(&FrontendReply::Status(FrontendCode::SetFaultFd, status))
             }
-            BackendAction::TakeLock(_) => {
-                let status = Status::from_errno(libc::EOPNOTSUPP);
+            BackendAction::TakeLock(held) => {
+                let status = self.offer.take_lock(&held, single_fd(received.fds)?);
                 self.reply(&FrontendReply::Status(FrontendCode::HandBack, status))
             }
             // Nothing of this session was asked to quiesce: a late one.
@@ -202,6 +231,12 @@ impl Connection<'_> {
     }
 
     fn attach(&mut self, uffd: OwnedFd, fault_fd: FaultFd) -> Status {
+        if self.offer.disk.lock().is_none() {
+            log::warn!(
+                "a frontend was refused: another one, whose backend has ended, has the image"
+            );
+            return Status::from_errno(libc::EBUSY);
+        }
         if !self.offer.place.take() {
             log::warn!("a second frontend was refused: one is attached already");
             return Status::from_errno(libc::EBUSY);

@@ -55,11 +55,11 @@ impl Endpoint {
 }
 
 impl Place {
-    /// The path to listen on.
+    /// The path to listen on. With `taken_over` a process may still listen there, which will have ended when it is opened.
     ///
     /// # Errors
     /// `Usage` if it is too long or taken.
-    pub fn path(path: &Path) -> Result<Self, Failure> {
+    pub fn path(path: &Path, taken_over: bool) -> Result<Self, Failure> {
         let bytes = path.as_os_str().len();
         if bytes > MAX_PATH_BYTES {
             return Err(Failure::usage(format!(
@@ -67,7 +67,9 @@ impl Place {
                 path.display()
             )));
         }
-        is_stale(path)?;
+        if !taken_over {
+            is_stale(path)?;
+        }
         Ok(Self::Path(path.to_owned()))
     }
 

@@ -15,6 +15,7 @@ mod occupancy;
 mod server;
 mod service;
 mod signals;
+mod takeover;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -70,10 +71,13 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     raise_descriptor_limit();
     // A socket that cannot be used leaves the image untouched; an image that cannot be used is never served.
     let place = match (&cli.socket, cli.fd) {
-        (Some(path), _) => Place::path(path)?,
+        (Some(path), _) => Place::path(path, cli.takeover)?,
         (None, Some(fd)) => Place::from_fd(fd)?,
         (None, None) => return Err(Failure::usage("--socket or --fd is missing")),
     };
+    if cli.takeover {
+        takeover::take_over(image, &cli.base_dir)?;
+    }
     let disk = open(image, cli)?;
     let endpoint = place.open()?;
     let offer = Offer {
@@ -89,11 +93,14 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     let flush_interval = cli
         .flush_interval()
         .filter(|_| !offer.disk.read_only() && !offer.disk.is_dax());
-    let result = Server::new(offer, flush_interval).run(&endpoint, &signals);
+    let server = Server::new(offer, flush_interval);
+    let result = server.run(&endpoint, &signals);
     if let Endpoint::Listening(_, Some(path)) = &endpoint {
-        // Best effort: a stale socket is replaced by the next backend.
+        // Best effort: a stale socket is replaced by the next backend. While the image is still held, or the socket could
+        // be that one's already.
         let _ = std::fs::remove_file(path);
     }
+    drop(server);
     result
 }
 
@@ -116,6 +123,9 @@ fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
         log::warn!(
             "this image was on DAX until now and is in the page cache: what a guest flushes through an nvdimm is not durable any more"
         );
+    }
+    if image.lock().is_some_and(|lock| lock.in_use().is_none()) {
+        log::info!("a virtual machine uses the image already: waiting for it to come back");
     }
     let disk = WritableDisk::new(image);
     announce(path, &disk);

@@ -137,9 +137,11 @@ impl Server {
         }
     }
 
-    /// Ends all sessions, then makes everything durable.
+    /// Ends all sessions, then makes everything durable. What takes time comes first, while the guest is still served: it
+    /// pauses from the end of its session to the first fault that the next backend serves.
     fn finish(&self) -> Result<(), Failure> {
         self.offer.give_back(Instant::now() + GIVE_BACK);
+        self.flush();
         for running in self.lock().drain(..) {
             // It may have ended by itself.
             let _ = running.stream.shutdown(std::net::Shutdown::Both);

@@ -27,7 +27,7 @@ mod units;
 pub use error::{Error, ErrorKind, Result};
 pub use image::{Environment, FLUSH_FAILED_FILE, Image, ROOT_FILE, Source, Stored};
 pub use layer_files::{BaseDirs, data_name, map_name};
-pub use lock::{HandedBack, Holder, ImageLock, LOCK_FILE, Process, Purpose, holder};
+pub use lock::{HandedBack, Holder, ImageLock, LOCK_FILE, Process, Purpose, Record, holder};
 pub use units::{
     Cluster, ClusterRange, ClusterSize, DEFAULT_CLUSTER_BYTES, MAX_CLUSTER_BYTES,
     MAX_VIRTUAL_BYTES, MIN_CLUSTER_BYTES, SIZE_STEP_BYTES, VirtualSize,

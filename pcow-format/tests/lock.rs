@@ -9,7 +9,8 @@ use std::process::Command;
 
 use pcow_format::ops::{NewImage, create};
 use pcow_format::{
-    ClusterSize, ErrorKind, HandedBack, Image, ImageLock, Purpose, Stored, VirtualSize, holder,
+    ClusterSize, ErrorKind, HandedBack, Holder, Image, ImageLock, Purpose, Stored, VirtualSize,
+    holder,
 };
 
 fn image(dir: &Path, name: &str) -> PathBuf {
@@ -45,7 +46,7 @@ fn hand_back(image: &Image, fd: &OwnedFd) -> HandedBack {
 
 fn holder_of(path: &Path) -> Option<String> {
     let stored = Stored::open(path, &[]).unwrap();
-    holder(stored.directory()).unwrap().map(|h| h.name)
+    holder(stored.directory()).unwrap().map(|h| h.to_string())
 }
 
 #[test]
@@ -193,8 +194,10 @@ fn the_text_tells_a_backend_from_a_command() {
     let path = image(dir.path(), "a");
     let purpose = || {
         let stored = Stored::open(&path, &[]).unwrap();
-        let holder = holder(stored.directory()).unwrap().unwrap();
-        holder.process.unwrap().1
+        let Some(Holder::Writer(record)) = holder(stored.directory()).unwrap() else {
+            panic!("nobody writes");
+        };
+        record.process.unwrap().1
     };
     let served = serve(&path);
     assert_eq!(purpose(), Purpose::Serve);

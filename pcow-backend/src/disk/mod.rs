@@ -7,9 +7,10 @@ mod read_only;
 mod writable;
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 
-use pcow_format::Result;
 use pcow_format::medium::File;
+use pcow_format::{HandedBack, Result};
 
 pub use read_only::ReadOnlyDisk;
 pub use writable::WritableDisk;
@@ -71,8 +72,15 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     fn is_dax(&self) -> bool;
     /// UUIDs of the image and of its active layer.
     fn identity(&self) -> ([u8; 16], [u8; 16]);
-    /// The lock that a frontend shares.
+    /// The lock that a frontend shares; `None` while a frontend of an earlier backend keeps it.
     fn lock(&self) -> Option<&std::fs::File>;
+    /// Whether a frontend that last knew `layer` as the active one sees the same bytes now.
+    fn continues(&self, layer: [u8; 16]) -> bool;
+    /// Takes the lock that a frontend has kept; `None` if this disk has none that is kept.
+    ///
+    /// # Errors
+    /// `Io` if it is no lock.
+    fn hand_back(&self, kept: OwnedFd) -> Result<Option<HandedBack>>;
     /// The bytes that must be claimed before the fault at `offset` is looked up (F1): its cluster.
     fn scope(&self, offset: u64) -> Range<u64>;
     /// Decides how to answer a fault, after making the change that a store needs. `claim` covers

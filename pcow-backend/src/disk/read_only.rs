@@ -3,10 +3,11 @@
 //! file has whole, are copied.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 
 use pcow_format::chain::{Chain, Owner};
 use pcow_format::medium::{Domain, File};
-use pcow_format::{Error, ErrorKind, ImageLock, Result, Stored};
+use pcow_format::{Error, ErrorKind, HandedBack, ImageLock, Result, Stored};
 
 use super::{Access, Answer, Disk, FileKey, Scratch};
 use crate::service::board::Claim;
@@ -87,6 +88,14 @@ impl Disk for ReadOnlyDisk {
 
     fn lock(&self) -> Option<&std::fs::File> {
         self.lock.as_ref().and_then(ImageLock::in_use)
+    }
+
+    fn continues(&self, layer: [u8; 16]) -> bool {
+        self.identity.1 == layer
+    }
+
+    fn hand_back(&self, _: OwnedFd) -> Result<Option<HandedBack>> {
+        Ok(None)
     }
 
     fn scope(&self, offset: u64) -> Range<u64> {

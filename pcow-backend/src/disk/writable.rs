@@ -2,10 +2,13 @@
 //! An image held for writing, as the fault service sees it.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pcow_format::medium::{Domain, File};
-use pcow_format::{Cluster, ClusterRange, ClusterSize, Image, Result, Source};
+use pcow_format::root::{Kind, Layer};
+use pcow_format::{Cluster, ClusterRange, ClusterSize, HandedBack, Image, Result, Source};
+use uuid::Uuid;
 
 use super::maybe_clean::MaybeClean;
 use super::{Access, Answer, Disk, FileKey, Scratch};
@@ -155,6 +158,24 @@ impl Disk for WritableDisk {
 
     fn lock(&self) -> Option<&std::fs::File> {
         self.image.lock().and_then(pcow_format::ImageLock::in_use)
+    }
+
+    fn continues(&self, layer: [u8; 16]) -> bool {
+        let root = self.image.root();
+        let layer = Uuid::from_bytes(layer);
+        // The parent: the backend before this one has sealed it, and died before it could tell. Whatever else changes the
+        // tree needs the lock that the frontend has kept.
+        let sealed = |l: &Layer| l.uuid == layer && l.sealed && l.kind == Kind::Own;
+        layer == root.active
+            || root
+                .layer(root.active)
+                .and_then(|active| root.layer(active.parent?))
+                .is_some_and(sealed)
+    }
+
+    fn hand_back(&self, kept: OwnedFd) -> Result<Option<HandedBack>> {
+        let lock = self.image.lock();
+        lock.map(|lock| lock.hand_back(kept)).transpose()
     }
 
     fn scope(&self, offset: u64) -> Range<u64> {

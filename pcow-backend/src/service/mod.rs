@@ -263,10 +263,18 @@ impl FaultService {
 
     fn finish(&mut self) {
         self.shared.end(None);
+        if self.threads.is_empty() {
+            return; // done, or nothing has begun
+        }
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a thread of the fault service panicked");
             }
+        }
+        // Nobody reads events here any more: what was read and not answered is raised again, for the next backend.
+        let (base, size) = (self.shared.base, self.shared.disk.size());
+        if let Err(e) = self.shared.uffd.wake(base, size) {
+            log::debug!("{e}");
         }
     }
 }

@@ -68,16 +68,16 @@ impl Process {
 
 /// What the text of a `lock` file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Holder {
+pub struct Record {
     /// The first line, for people: process and host.
     pub name: String,
     /// The second line, if it is one.
     pub process: Option<(Process, Purpose)>,
 }
 
-impl Holder {
+impl Record {
     /// Writes this process's text.
-    pub(super) fn record(file: &File, boot: Uuid, purpose: Purpose) -> io::Result<()> {
+    pub(super) fn write(file: &File, boot: Uuid, purpose: Purpose) -> io::Result<()> {
         let process = Process::running(std::process::id(), boot)?;
         let host = rustix::system::uname();
         let mut text = format!(
@@ -148,21 +148,21 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[b'x'; 400], 0).unwrap();
         let boot = Uuid::new_v4();
-        Holder::record(&file, boot, Purpose::Serve).unwrap();
-        let holder = Holder::read(&file);
+        Record::write(&file, boot, Purpose::Serve).unwrap();
+        let record = Record::read(&file);
         let me = std::process::id();
-        assert!(holder.name.starts_with(&format!("process {me} on ")));
+        assert!(record.name.starts_with(&format!("process {me} on ")));
         let running = Process::running(me, boot).unwrap();
-        assert_eq!(holder.process, Some((running, Purpose::Serve)));
+        assert_eq!(record.process, Some((running, Purpose::Serve)));
     }
 
     #[test]
     fn half_a_text_and_a_foreign_one_name_nobody() {
         let boot = Uuid::nil();
         let whole = format!("process 1 on h\npid=1 namespace=2 boot={boot} start=3 purpose=change");
-        assert!(Holder::parse(&whole).process.is_some());
+        assert!(Record::parse(&whole).process.is_some());
         for end in 0..whole.len() {
-            assert_eq!(Holder::parse(&whole[..end]).process, None, "{end}");
+            assert_eq!(Record::parse(&whole[..end]).process, None, "{end}");
         }
         for bad in [
             whole.replace("pid=1", "pid=0"),
@@ -170,10 +170,10 @@ mod tests {
             whole.replace("start=3", "start="),
             whole.clone() + " more=1",
         ] {
-            assert_eq!(Holder::parse(&bad).process, None, "{bad}");
+            assert_eq!(Record::parse(&bad).process, None, "{bad}");
         }
-        assert_eq!(Holder::parse("").name, "another process");
-        assert_eq!(Holder::parse("a\u{1b}[2J\n").name, "a\\u{1b}[2J");
+        assert_eq!(Record::parse("").name, "another process");
+        assert_eq!(Record::parse("a\u{1b}[2J\n").name, "a\\u{1b}[2J");
     }
 
     #[test]

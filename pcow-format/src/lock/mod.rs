@@ -18,6 +18,7 @@
 
 mod holder;
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -30,7 +31,7 @@ use uuid::Uuid;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::medium::{Access, Directory, Site};
 
-pub use holder::{Holder, Process, Purpose};
+pub use holder::{Process, Purpose, Record};
 
 /// Name of the lock file in the image's directory.
 pub const LOCK_FILE: &str = "lock";
@@ -39,8 +40,6 @@ const SERVING: i64 = 1;
 /// How long a lock may still be held by nobody that matters: a child that a threaded program starts has copies of its
 /// descriptors, and so of its locks, until it executes its own program.
 const GRACE: Duration = Duration::from_millis(200);
-/// Who has byte 0 when nobody has byte 1.
-const ORPHAN: &str = "a virtual machine whose backend has ended";
 
 /// The right to use an image, as long as it lives.
 #[derive(Debug)]
@@ -134,7 +133,7 @@ impl ImageLock {
     pub(crate) fn record_holder(&self, boot: Uuid, purpose: Purpose) {
         if let Some(file) = &self.serving {
             // No lock relies on the text, and a full filesystem is no reason not to open an image.
-            let _ = Holder::record(file, boot, purpose);
+            let _ = Record::write(file, boot, purpose);
         }
     }
 
@@ -198,7 +197,25 @@ impl ImageLock {
     }
 }
 
-/// The process that has the image for writing now, and otherwise whoever has it in use for writing.
+/// Who has an image for writing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// The process that serves or changes it, as it says of itself.
+    Writer(Record),
+    /// A frontend whose backend has ended.
+    Frontend,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Writer(record) => &record.name,
+            Self::Frontend => "a virtual machine whose backend has ended",
+        })
+    }
+}
+
+/// Who has the image for writing now.
 ///
 /// # Errors
 /// `Io` if the lock file cannot be read.
@@ -207,13 +224,9 @@ pub fn holder(dir: &dyn Directory) -> Result<Option<Holder>> {
         return Ok(None);
     };
     if is_write_locked(&file, SERVING)? {
-        return Ok(Some(Holder::read(&file)));
+        return Ok(Some(Holder::Writer(Record::read(&file))));
     }
-    let orphan = Holder {
-        name: ORPHAN.to_owned(),
-        process: None,
-    };
-    Ok(is_write_locked(&file, IN_USE)?.then_some(orphan))
+    Ok(is_write_locked(&file, IN_USE)?.then_some(Holder::Frontend))
 }
 
 /// `None` on a medium without locks.
@@ -246,11 +259,11 @@ fn conflict(file: &File, kind: i32, byte: i64) -> Result<Error> {
     // Who wants byte 0 for writing has byte 1 itself.
     let reads = kind == libc::F_RDLCK;
     if byte == SERVING || reads && is_write_locked(file, SERVING)? {
-        let what = format!("the image is in use by {}", Holder::read(file).name);
+        let what = format!("the image is in use by {}", Record::read(file).name);
         return Ok(Error::new(ErrorKind::Locked, what));
     }
     if is_write_locked(file, IN_USE)? {
-        let what = format!("the image is in use by {ORPHAN}");
+        let what = format!("the image is in use by {}", Holder::Frontend);
         return Ok(Error::new(ErrorKind::Orphaned, what));
     }
     let what = "the image is in use by processes that only read it";

@@ -147,7 +147,7 @@ impl ImageInfo {
             snapshots: root.snapshots.iter().map(SnapshotInfo::from).collect(),
             persistence_domain: domain.map(Domain::name),
             guest_flush_is_durable: domain.map(|d| d == Domain::Dax),
-            in_use_by: holder(stored.directory())?.map(|holder| holder.name),
+            in_use_by: holder(stored.directory())?.map(|holder| holder.to_string()),
             dax_hindrance: hindrance(stored),
             problems,
             picture: layers::draw_all(stored, &layers),
