@@ -99,6 +99,9 @@ pub enum ErrorKind {
     /// The peer speaks vhost-user, but not pcow.
     #[error("the peer is a vhost-user backend, but not one of pcow")]
     NotPcow,
+    /// The backend does not serve what this frontend has in memory.
+    #[error("the backend does not go with this memory")]
+    Mismatch,
     /// No backend is attached.
     #[error("no backend is attached")]
     Detached,

@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -12,9 +13,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 
 use crate::codec::{Connection, Received};
 use crate::error::{Error, ErrorKind, Result};
-use crate::message::{FrontendReply, FrontendRequest};
+use crate::message::{FrontendReply, FrontendRequest, Status};
 use crate::session::{FrontendSession, FrontendStep};
-use crate::wire::{Code, FaultFd, REGION_LOCK, REGION_UFFD_DEVICE, Region};
+use crate::wire::{Code, FaultFd, Held, REGION_LOCK, REGION_UFFD_DEVICE, Region};
 
 /// Connects to a listening backend; waits at most until `deadline` if its queue is full.
 pub(super) fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream> {
@@ -74,6 +75,24 @@ impl Offer {
 pub(super) struct MainChannel {
     connection: Connection<FrontendReply>,
     session: FrontendSession,
+    /// Held while a message is sent: a QUIESCED may come from another thread while a flush waits for its answer.
+    turn: Arc<Mutex<()>>,
+}
+
+/// The way of a QUIESCED to the backend.
+#[derive(Debug)]
+pub(super) struct Notifier {
+    connection: Connection<FrontendReply>,
+    turn: Arc<Mutex<()>>,
+}
+
+impl Notifier {
+    /// Answers a QUIESCE.
+    pub(super) fn quiesced(&self, id: u64, outcome: Status) -> Result<()> {
+        let request = FrontendSession::quiesced(id, outcome);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.connection.send(&request.encode(false), &[])
+    }
 }
 
 impl MainChannel {
@@ -87,6 +106,7 @@ impl MainChannel {
         let mut main = Self {
             connection: Connection::new(stream),
             session,
+            turn: Arc::default(),
         };
         main.send(&first, &[])?;
         loop {
@@ -105,6 +125,40 @@ impl MainChannel {
     /// The optional features that were agreed on.
     pub(super) fn features(&self) -> u64 {
         self.session.features()
+    }
+
+    /// Hands back the lock of an earlier session.
+    pub(super) fn hand_back(
+        &mut self,
+        held: Held,
+        lock: &OwnedFd,
+        deadline: Instant,
+    ) -> Result<()> {
+        let request = self.session.hand_back(held);
+        self.send(&request, &[lock.as_fd()])?;
+        let received = self.connection.recv_until(deadline)?;
+        match self.step(&received.message)? {
+            FrontendStep::HandedBack => Ok(()),
+            FrontendStep::Refused(errno) => Err(Error::refused(
+                match errno {
+                    libc::ESTALE => {
+                        "hand the lock back (the backend has another image, a copy, or a changed one)"
+                    }
+                    libc::EBUSY => "hand the lock back (another process has the image)",
+                    _ => "hand the lock back",
+                },
+                errno,
+            )),
+            step => Err(unexpected(step)),
+        }
+    }
+
+    /// A way to send from another thread.
+    pub(super) fn notifier(&self) -> Result<Notifier> {
+        Ok(Notifier {
+            connection: Connection::new(self.try_clone_stream()?),
+            turn: Arc::clone(&self.turn),
+        })
     }
 
     /// Hands over the backend channel and the userfaultfd; returns when the region is served.
@@ -147,6 +201,7 @@ impl MainChannel {
     }
 
     fn send(&self, request: &FrontendRequest, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.connection
             .send(&request.encode(request.code().must_ask()), fds)
     }

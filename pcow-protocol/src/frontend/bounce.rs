@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::quiesce::Gate;
 use super::region::GuestRegion;
 use super::segv::Repeatable;
 use crate::message::RegionRange;
@@ -29,8 +30,6 @@ struct Moment {
 #[derive(Debug, Default)]
 struct State {
     open: Vec<Moment>,
-    /// System calls under way that may store into the region.
-    io: usize,
 }
 
 /// The moments of one region.
@@ -42,6 +41,8 @@ struct State {
 pub struct Bounces {
     region: Arc<GuestRegion>,
     state: Mutex<State>,
+    /// System calls under way that may touch the region.
+    gate: Gate,
     /// Changes before a moment opens and after it has ended.
     sequence: AtomicU64,
     /// Moments that are open: raised before the page is protected, lowered after it is not any more.
@@ -61,6 +62,7 @@ impl Bounces {
         Arc::new(Self {
             region,
             state: Mutex::default(),
+            gate: Gate::default(),
             sequence: AtomicU64::new(0),
             open: AtomicUsize::new(0),
             _repeatable: repeatable,
@@ -79,25 +81,30 @@ impl Bounces {
         self.open.load(Ordering::SeqCst) > 0 || self.sequence() != sequence
     }
 
-    /// Says that system calls that may store into the region begin: moments end, and none is opened until the guard is
-    /// dropped. Never waits for the backend or for memory.
+    /// Says that system calls that may touch the region begin: moments end, and none is opened until the guard is dropped.
+    /// Waits while the backend holds device I/O for a snapshot, and never for memory. A thread must not have two guards of
+    /// a region.
     pub fn begin_io(&self) -> IoGuard<'_> {
-        let mut state = self.lock();
-        state.io += 1;
-        self.end_if(&mut state, |_| true);
-        drop(state);
+        self.gate.enter();
+        // After the count, which whoever opens a moment looks at under this lock.
+        self.end_all();
         IoGuard(self)
     }
 
-    /// Whether system calls that may store into the region are under way.
+    /// Whether system calls that may touch the region are under way.
     pub(super) fn has_io(&self) -> bool {
-        self.lock().io > 0
+        self.gate.has_io()
+    }
+
+    /// What all of them pass.
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// Opens a moment of `page` and wakes.
     pub(super) fn open(&self, page: RegionRange) -> Result<(), Errno> {
         let mut state = self.lock();
-        if state.io > 0 || state.open.len() >= MAX_MOMENTS as usize {
+        if self.gate.has_io() || state.open.len() >= MAX_MOMENTS as usize {
             return Err(Errno::BUSY);
         }
         self.open.fetch_add(1, Ordering::SeqCst);
@@ -171,6 +178,6 @@ impl Bounces {
 
 impl Drop for IoGuard<'_> {
     fn drop(&mut self) {
-        self.0.lock().io -= 1;
+        self.0.gate.leave();
     }
 }

@@ -8,10 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::attach::Notifier;
 use super::bounce::Bounces;
+use super::kept::Kept;
 use super::link::Link;
 use super::region::{FileMode, GuestRegion, try_scratch};
 use super::watch::MoveGuard;
@@ -19,7 +22,7 @@ use crate::codec::{Connection, Received};
 use crate::error::{Chain, Error, ErrorKind, Result};
 use crate::message::{BackendReply, BackendRequest, RegionRange, Status};
 use crate::session::{MappingAction, Mappings, Refusal};
-use crate::wire::Code;
+use crate::wire::{Code, Quiesce};
 
 /// Done, or the errno that the backend hears.
 type Outcome = std::result::Result<(), Errno>;
@@ -60,10 +63,11 @@ impl Counters {
     }
 }
 
-/// The region as the mapping thread changes it.
-#[derive(Debug)]
+/// The region as the mapping thread changes it, and between two sessions the keeping thread.
+#[derive(Clone, Debug)]
 pub(super) struct Surface {
     pub region: Arc<GuestRegion>,
+    pub kept: Arc<Kept>,
     pub moves: MoveGuard,
     pub bounces: Arc<Bounces>,
     pub counters: Arc<Counters>,
@@ -99,6 +103,20 @@ impl Surface {
             Ok(()) if self.bounces.has_io() => Err(Errno::BUSY),
             other => other,
         }
+    }
+
+    /// RESET, then wake.
+    fn reset(&self) -> Outcome {
+        self.unmap(self.region.whole())
+    }
+
+    /// The same between two sessions.
+    pub(super) fn start_anew(&self) -> Result<()> {
+        self.bounces.end_all();
+        self.moves
+            .alone(|| self.region.restore_trap(self.region.whole()))?;
+        // A fault that an old backend has read and not answered is raised again.
+        self.region.wake_all()
     }
 
     /// EVICT; nobody waits for a page that is there, so nobody is woken.
@@ -150,6 +168,9 @@ impl Surface {
 pub(super) struct Mapper {
     pub channel: Connection<BackendRequest>,
     pub mappings: Mappings<OwnedFd>,
+    pub notifier: Arc<Notifier>,
+    /// The thread that waits for I/O to end.
+    pub drainer: Option<JoinHandle<()>>,
     pub surface: Surface,
 }
 
@@ -170,6 +191,11 @@ impl Mapper {
         };
         self.surface.bounces.end_all();
         link.end(ended.to_string());
+        // The end of the session is a CANCEL.
+        self.surface.bounces.gate().release_any();
+        if let Some(drainer) = self.drainer.take() {
+            join_drainer(drainer);
+        }
     }
 
     /// The next request. While a moment is open, waits no longer than it may last.
@@ -213,6 +239,7 @@ impl Mapper {
             mut fds,
         } = received;
         let surface = &self.surface;
+        let gate = surface.bounces.gate();
         let done = match self.mappings.request(&message, reply_wanted)? {
             MappingAction::Register(register) => {
                 let file = fds
@@ -247,10 +274,66 @@ impl Mapper {
                 surface.bounces.end(page);
                 Ok(())
             }
+            MappingAction::Reset => {
+                let outcome = surface.reset();
+                if matches!(outcome, Ok(()) | Err(Errno::BUSY)) {
+                    self.mappings.forget_all();
+                }
+                outcome
+            }
+            MappingAction::Quiesce(quiesce) => self.quiesce(&quiesce),
+            MappingAction::Resume(resume) => {
+                if gate.release(resume.id) {
+                    surface.kept.note_layer(resume.layer);
+                }
+                Ok(())
+            }
+            MappingAction::Cancel(id) => {
+                gate.release(id);
+                Ok(())
+            }
             // Not offered by this frontend.
-            MappingAction::Reset | MappingAction::Quiesce(_) => Err(Errno::OPNOTSUPP),
-            MappingAction::Resume(_) | MappingAction::Cancel(_) | MappingAction::Stop(_) => Ok(()),
+            MappingAction::Stop(_) => Err(Errno::OPNOTSUPP),
         };
         done.map_err(|errno| Refusal::Status(Status::from_errno(errno.raw_os_error())))
+    }
+
+    /// Begins to hold I/O; a thread waits for what is under way, so that MAP can go on.
+    fn quiesce(&mut self, quiesce: &Quiesce) -> Outcome {
+        if let Some(drainer) = self.drainer.take_if(|drainer| drainer.is_finished()) {
+            join_drainer(drainer);
+        }
+        if self.drainer.is_some() {
+            return Err(Errno::BUSY); // of a quiesce that was cancelled, and about to end
+        }
+        let draining = self.surface.bounces.gate().hold(quiesce.id)?;
+        let deadline = Instant::now() + Duration::from_millis(quiesce.deadline_ms.into());
+        let (bounces, id) = (Arc::clone(&self.surface.bounces), quiesce.id);
+        let notifier = Arc::clone(&self.notifier);
+        let drain = move || {
+            let Some(outcome) = bounces.gate().drain(draining, deadline) else {
+                return;
+            };
+            let errno = outcome.err().map(Errno::raw_os_error);
+            let status = errno.map_or(Status::OK, Status::from_errno);
+            if let Err(error) = notifier.quiesced(id, status) {
+                log::debug!("cannot answer a quiesce: {}", Chain(&error));
+            }
+        };
+        let thread = std::thread::Builder::new().name("pcow-quiesce".into());
+        match thread.spawn(drain) {
+            Ok(drainer) => self.drainer = Some(drainer),
+            Err(_) => {
+                self.surface.bounces.gate().release(id);
+                return Err(Errno::AGAIN);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn join_drainer(drainer: JoinHandle<()>) {
+    if drainer.join().is_err() {
+        log::error!("the draining thread panicked");
     }
 }

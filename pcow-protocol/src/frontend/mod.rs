@@ -5,41 +5,46 @@
 //!
 //! ```text
 //!             Frontend
-//!   for life ├── GuestRegion   addresses, userfaultfd, lock
-//!            ├── Watch         reads the event of a late move
-//!   session  └── Session       main channel; Link; mapping thread ── backend channel
+//!   for life ├── GuestRegion   addresses, userfaultfd; Kept: lock, which image
+//!            ├── Watch         reads the event of a late move, or of one without a backend
+//!            └── Keeper        connects again when a session ends
+//!   session       └── Session  main channel; Link; mapping thread ── backend channel
 //! ```
 //!
-//! The upper half outlives the session: when the backend goes, what is mapped goes on working and other touches wait.
+//! The upper half outlives the session: when the backend goes, what is mapped goes on working and other touches wait. The
+//! keeper looks for the next one, makes sure that it serves the same image, and hands the region over.
 
 mod attach;
 mod bounce;
+mod keeper;
+mod kept;
 mod limit;
 mod link;
 mod mapper;
+mod quiesce;
 mod region;
 mod segv;
+mod session;
 mod watch;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use self::attach::{MainChannel, Offer, connect_until};
+use self::keeper::Keeper;
+use self::kept::Kept;
 use self::limit::mapping_limit;
-use self::link::Link;
-use self::mapper::{Counters, Mapper, Surface};
+use self::mapper::Surface;
+use self::session::Session;
 use self::watch::Watch;
-use crate::codec::Connection;
 use crate::error::{Error, ErrorKind, Result};
-use crate::session::{Mappings, Rules};
 use crate::uffd::Uffd;
-use crate::wire::{self, FaultFd};
+use crate::wire;
 
 pub use self::bounce::{Bounces, IoGuard};
 pub use self::link::LinkStatus;
@@ -58,6 +63,12 @@ pub struct FrontendOptions {
     /// Whether the backend may ask for BOUNCE, which tells loads from stores under KVM on x86. Default: yes; it is never
     /// asked for without KVM. A virtual machine monitor that uses KVM must do what [`Bounces`] says, or switch it off.
     pub bounce: bool,
+    /// Whether the backend may hold device I/O for the moment of a snapshot. Default: yes. A virtual machine monitor that
+    /// hands addresses of the region to system calls must wrap those in [`Bounces::begin_io`], or switch it off.
+    pub quiesce: bool,
+    /// Whether to look for another backend when a session ends, at the path that was given to [`Frontend::connect`].
+    /// Default: yes.
+    pub reconnect: bool,
 }
 
 impl Default for FrontendOptions {
@@ -66,6 +77,8 @@ impl Default for FrontendOptions {
             handshake_timeout: Duration::from_secs(10),
             mapping_limit: None,
             bounce: true,
+            quiesce: true,
+            reconnect: true,
         }
     }
 }
@@ -76,13 +89,10 @@ impl Default for FrontendOptions {
 /// inside a touch then, since nobody is left who could serve it.
 #[derive(Debug)]
 pub struct Frontend {
-    session: Session,
-    // After the session, whose mapping thread it helps.
+    keeper: Keeper,
+    // After the keeper, whose moves it helps, and those of its session's mapping thread.
     _watch: Watch,
-    region: Arc<GuestRegion>,
-    bounces: Arc<Bounces>,
-    counters: Arc<Counters>,
-    offered: wire::Region,
+    surface: Surface,
 }
 
 impl Frontend {
@@ -96,103 +106,104 @@ impl Frontend {
     pub fn connect(path: &Path, options: &FrontendOptions) -> Result<Self> {
         let deadline = Instant::now() + options.handshake_timeout;
         let stream = connect_until(path, deadline)?;
-        Self::attach(stream, options, deadline)
+        Self::attach(stream, Some(path), options, deadline)
     }
 
-    /// Attaches over a socket that is connected to a backend and in blocking mode.
+    /// Attaches over a socket that is connected to a backend and in blocking mode. There is no way to another backend.
     ///
     /// # Errors
     /// As [`Frontend::connect`].
     pub fn from_stream(stream: UnixStream, options: &FrontendOptions) -> Result<Self> {
-        Self::attach(stream, options, Instant::now() + options.handshake_timeout)
+        let deadline = Instant::now() + options.handshake_timeout;
+        Self::attach(stream, None, options, deadline)
     }
 
-    fn attach(stream: UnixStream, options: &FrontendOptions, deadline: Instant) -> Result<Self> {
-        let features = if options.bounce {
-            wire::FEATURE_BOUNCE
-        } else {
-            0
-        };
-        let (main, offer) = MainChannel::negotiate(stream, features, deadline)?;
+    fn attach(
+        stream: UnixStream,
+        path: Option<&Path>,
+        options: &FrontendOptions,
+        deadline: Instant,
+    ) -> Result<Self> {
+        let (main, offer) = MainChannel::negotiate(stream, wanted_features(options), deadline)?;
         let mapping_limit = mapping_limit(options.mapping_limit)?;
         let offered = offer.region;
-        let region = Arc::new(reserve(offer)?);
+        let (region, kept) = reserve(offer)?;
         let watch = Watch::start(Arc::clone(&region))?;
-        let bounces = Bounces::new(
-            Arc::clone(&region),
-            offered.flags & wire::REGION_READ_ONLY != 0,
-        );
-        let counters = Arc::new(Counters::default());
+        let bounces = Bounces::new(Arc::clone(&region), kept.is_read_only());
         let surface = Surface {
-            region: Arc::clone(&region),
-            moves: watch.guard(),
-            bounces: Arc::clone(&bounces),
-            counters: Arc::clone(&counters),
-        };
-        let session = Session::open(main, surface, &offered, mapping_limit, deadline)?;
-        Ok(Self {
-            session,
-            _watch: watch,
             region,
+            kept,
+            moves: watch.guard(),
             bounces,
-            counters,
-            offered,
+            counters: Arc::default(),
+        };
+        let session = Session::open(main, surface.clone(), &offered, mapping_limit, deadline)?;
+        Ok(Self {
+            keeper: Keeper::start(path, options.clone(), surface.clone(), session)?,
+            _watch: watch,
+            surface,
         })
     }
 
     /// The guest's memory. Clone the `Arc` for threads that may outlive this value.
     pub fn region(&self) -> &Arc<GuestRegion> {
-        &self.region
+        &self.surface.region
     }
 
     /// The moments in which a page of the region cannot be stored to; for monitors that use KVM.
     pub fn bounces(&self) -> &Arc<Bounces> {
-        &self.bounces
+        &self.surface.bounces
     }
 
     /// Whether the image is served read-only: stores must not reach the region.
     pub fn is_read_only(&self) -> bool {
-        self.offered.flags & wire::REGION_READ_ONLY != 0
+        self.surface.kept.is_read_only()
     }
 
-    /// Whether the guest's own cache flushes make its stores durable; if not, only [`Frontend::flush`] does.
+    /// Whether the guest's own cache flushes make its stores durable; if not, only [`Frontend::flush`] does. Another backend
+    /// may find the image moved.
     pub fn is_dax(&self) -> bool {
-        self.offered.flags & wire::REGION_DAX != 0
+        self.surface.kept.region().flags & wire::REGION_DAX != 0
     }
 
     /// The image that is served.
     pub fn image_uuid(&self) -> Uuid {
-        Uuid::from_bytes(self.offered.image)
+        Uuid::from_bytes(self.surface.kept.region().image)
     }
 
-    /// Makes everything durable that was stored before the call. Waits for as long as the backend needs, and returns
-    /// when the session ends.
+    /// Makes everything durable that was stored before the call. Waits for as long as the backend needs, and for the next
+    /// one if it is lost meanwhile and [`FrontendOptions::reconnect`] is set.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] if the backend could not; once a flush has failed, every later one fails too.
-    /// [`ErrorKind::Detached`] if no backend is attached.
+    /// [`ErrorKind::Detached`] if no backend is attached and there will be none.
     pub fn flush(&self) -> Result<()> {
-        self.session.flush()
+        self.keeper.flush()
     }
 
-    /// Whether the backend is attached.
+    /// Whether a backend is attached, and if not, since when and why.
     pub fn status(&self) -> LinkStatus {
-        self.session.link.status()
+        self.keeper.status()
     }
 
-    /// Waits for the backend's loss; false if it is still attached after `timeout`.
+    /// Waits for the loss of the present backend; false if it is still attached after `timeout`.
     pub fn wait_detached(&self, timeout: Duration) -> bool {
-        self.session.link.wait_ended(timeout)
+        self.keeper.wait_detached(timeout)
+    }
+
+    /// Waits until a backend is attached; false if none is after `timeout`.
+    pub fn wait_attached(&self, timeout: Duration) -> bool {
+        self.keeper.wait_attached(timeout)
     }
 
     /// What the backend has asked for so far.
     pub fn mapping_counts(&self) -> MappingCounts {
-        self.counters.snapshot()
+        self.surface.counters.snapshot()
     }
 }
 
 /// Reserves what the backend offers.
-fn reserve(offer: Offer) -> Result<GuestRegion> {
+fn reserve(offer: Offer) -> Result<(Arc<GuestRegion>, Arc<Kept>)> {
     let too_large = |_| {
         Error::new(
             ErrorKind::Io,
@@ -202,93 +213,19 @@ fn reserve(offer: Offer) -> Result<GuestRegion> {
     let size = usize::try_from(offer.region.size).map_err(too_large)?;
     let alignment = usize::try_from(offer.region.alignment).map_err(too_large)?;
     let uffd = Uffd::create(offer.device.as_ref().map(AsFd::as_fd))?;
-    GuestRegion::reserve(size, alignment, uffd, offer.lock)
+    let kept = Arc::new(Kept::new(offer.region, offer.lock));
+    let region = GuestRegion::reserve(size, alignment, uffd, Arc::clone(&kept))?;
+    Ok((Arc::new(region), kept))
 }
 
-/// One connection to a backend, from the handshake to its end.
-#[derive(Debug)]
-struct Session {
-    main: Mutex<MainChannel>,
-    link: Arc<Link>,
-    mapper: Option<JoinHandle<()>>,
-}
-
-impl Session {
-    /// Serves the backend channel, then hands over the userfaultfd.
-    fn open(
-        main: MainChannel,
-        surface: Surface,
-        offered: &wire::Region,
-        mapping_limit: u32,
-        deadline: Instant,
-    ) -> Result<Self> {
-        let (ours, theirs) =
-            UnixStream::pair().map_err(|e| Error::io("create the backend channel", e))?;
-        let ours_clone = ours
-            .try_clone()
-            .map_err(|e| Error::io("duplicate the backend channel", e))?;
-        let link = Arc::new(Link::new(main.try_clone_stream()?, ours_clone));
-        let region = Arc::clone(&surface.region);
-        let rules = Rules {
-            region_size: offered.size,
-            read_only: offered.flags & wire::REGION_READ_ONLY != 0,
-            page_size: rustix::param::page_size() as u64,
-            features: main.features(),
-        };
-        let mapper = Mapper {
-            channel: Connection::new(ours),
-            mappings: Mappings::new(rules),
-            surface,
-        };
-        let mapper = Some(mapper.start(Arc::clone(&link))?);
-        let session = Self {
-            main: Mutex::new(main),
-            link,
-            mapper,
-        };
-        let fault_fd = FaultFd {
-            base: region.as_ptr().addr() as u64,
-            size: offered.size,
-            mapping_limit,
-            reserved: 0,
-        };
-        session.hand_over(fault_fd, theirs.into(), &region, deadline)?;
-        Ok(session)
+/// The optional features of the protocol that this frontend carries out.
+fn wanted_features(options: &FrontendOptions) -> u64 {
+    let mut features = wire::FEATURE_RESET;
+    if options.bounce {
+        features |= wire::FEATURE_BOUNCE;
     }
-
-    fn hand_over(
-        &self,
-        fault_fd: FaultFd,
-        channel: OwnedFd,
-        region: &GuestRegion,
-        deadline: Instant,
-    ) -> Result<()> {
-        let mut main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
-        main.hand_over(fault_fd, channel, region.uffd().as_fd(), deadline)
+    if options.quiesce {
+        features |= wire::FEATURE_QUIESCE;
     }
-
-    fn flush(&self) -> Result<()> {
-        let mut main = self.main.lock().unwrap_or_else(PoisonError::into_inner);
-        if let LinkStatus::Detached(reason) = self.link.status() {
-            return Err(Error::new(ErrorKind::Detached, format!("flush ({reason})")));
-        }
-        main.flush().map_err(|error| match error.kind() {
-            ErrorKind::Refused(_) => error,
-            _ => {
-                self.link.end(error.to_string());
-                Error::new(ErrorKind::Detached, format!("flush ({error})"))
-            }
-        })
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.link.end("the frontend left");
-        if let Some(mapper) = self.mapper.take()
-            && mapper.join().is_err()
-        {
-            log::error!("the mapping thread panicked");
-        }
-    }
+    features
 }

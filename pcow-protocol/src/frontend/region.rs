@@ -8,8 +8,9 @@
 #![allow(unsafe_code)] // mmap(2), mremap(2), madvise(2), mprotect(2), msync(2) of the region
 
 use std::ffi::c_void;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::mm::{
@@ -18,6 +19,7 @@ use rustix::mm::{
 };
 use vm_memory::VolatileSlice;
 
+use super::kept::Kept;
 use crate::error::{Error, Result};
 use crate::message::RegionRange;
 use crate::uffd::Uffd;
@@ -60,7 +62,7 @@ pub struct GuestRegion {
     // Dropped in this order: first the memory, then what keeps waiting threads asleep, then the image's lock.
     underlay: Underlay,
     uffd: Uffd,
-    _lock: Option<OwnedFd>,
+    _kept: Arc<Kept>,
 }
 
 impl GuestRegion {
@@ -69,7 +71,7 @@ impl GuestRegion {
         size: usize,
         alignment: usize,
         uffd: Uffd,
-        lock: Option<OwnedFd>,
+        kept: Arc<Kept>,
     ) -> Result<Self> {
         let place = Place {
             alignment,
@@ -79,7 +81,7 @@ impl GuestRegion {
         Ok(Self {
             underlay,
             uffd,
-            _lock: lock,
+            _kept: kept,
         })
     }
 
@@ -185,6 +187,14 @@ impl GuestRegion {
     pub(super) fn wake(&self, range: RegionRange) -> Result<()> {
         let (address, _) = self.locate(range).map_err(|e| Error::io("wake", e))?;
         self.uffd.wake(address.addr() as u64, range.len)
+    }
+
+    /// The whole region.
+    pub(super) fn whole(&self) -> RegionRange {
+        RegionRange {
+            offset: 0,
+            len: self.len() as u64,
+        }
     }
 
     /// Wakes every thread that waits in the region.

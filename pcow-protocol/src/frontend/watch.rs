@@ -24,6 +24,9 @@ use crate::uffd::EventBuffer;
 /// How long a move may wait for the backend to read its event.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Zero would disarm the timer.
+const AT_ONCE: Duration = Duration::from_nanos(1);
+
 /// How often a late move is looked at while its event has not come.
 const POLL: Timespec = Timespec {
     tv_sec: 0,
@@ -102,8 +105,17 @@ impl Drop for Watch {
 impl MoveGuard {
     /// Runs a move under the watch.
     pub(super) fn during<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.within(PATIENCE, work)
+    }
+
+    /// Runs a move while there is no backend, so that the event is read here at once.
+    pub(super) fn alone<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.within(AT_ONCE, work)
+    }
+
+    fn within<R>(&self, patience: Duration, work: impl FnOnce() -> R) -> R {
         self.0.moving.store(true, Ordering::SeqCst);
-        self.0.set_timer(PATIENCE);
+        self.0.set_timer(patience);
         let result = work();
         self.0.moving.store(false, Ordering::SeqCst);
         self.0.set_timer(Duration::ZERO);
@@ -145,9 +157,7 @@ impl Shared {
             taken += self.region.uffd().read_events(&mut buffer)?.count();
         }
         if taken > 0 {
-            log::warn!(
-                "a move waited {PATIENCE:?} for the backend; read {taken} events in its place"
-            );
+            log::debug!("read {taken} events in the backend's place");
             self.region.wake_all()?;
         }
         Ok(())

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use pcow_protocol::ErrorKind;
 use pcow_protocol::codec::{Connection, Outbox, Reader, Sent};
 use pcow_protocol::frontend::{Frontend, FrontendOptions, GuestRegion};
 use pcow_protocol::message::{
@@ -18,7 +19,7 @@ use pcow_protocol::message::{
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::{CopyMode, CopyOutcome, Event, EventBuffer, Uffd};
 use pcow_protocol::wire::{
-    FaultFd, FrontendCode, REGION_ALIGNMENT, REGISTER_WRITABLE, Region, Register,
+    FaultFd, FrontendCode, Held, Quiesced, REGION_ALIGNMENT, REGISTER_WRITABLE, Region, Register,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::Bytes;
@@ -106,6 +107,8 @@ pub fn store_fault(offset: u64) -> Fault {
 }
 
 pub struct Backend {
+    /// What was handed back.
+    pub held: Option<(Held, OwnedFd)>,
     main: Connection<FrontendRequest>,
     session: BackendSession,
     pub outbox: Outbox<()>,
@@ -118,13 +121,27 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Negotiates up to an unanswered SET_FAULT_FD.
+    /// Negotiates up to an unanswered SET_FAULT_FD; takes a lock that is handed back.
     pub fn accept(stream: UnixStream, region: Region, fds: &[OwnedFd]) -> Self {
+        Self::negotiate(stream, region, fds, Status::OK).expect("the frontend goes on")
+    }
+
+    /// As [`Backend::accept`], and answers HAND_BACK with `hand_back`; nothing if the frontend ends the connection.
+    pub fn negotiate(
+        stream: UnixStream,
+        region: Region,
+        fds: &[OwnedFd],
+        hand_back: Status,
+    ) -> Option<Self> {
         let mut main = Connection::new(stream);
         let mut session = BackendSession::new(region.size);
         let mut channel = None;
+        let mut held = None;
         loop {
-            let mut received = main.recv().unwrap();
+            let mut received = match main.recv() {
+                Err(e) if e.kind() == ErrorKind::Closed => return None,
+                other => other.unwrap(),
+            };
             match session
                 .request(&received.message, received.reply_wanted)
                 .unwrap()
@@ -141,7 +158,8 @@ impl Backend {
                     let outbox = Outbox::new(channel.unwrap().into());
                     let (replies, faults) = (Reader::default(), VecDeque::new());
                     let (remaps, region) = (0, region);
-                    return Self {
+                    return Some(Self {
+                        held,
                         main,
                         session,
                         outbox,
@@ -151,7 +169,12 @@ impl Backend {
                         region,
                         faults,
                         remaps,
-                    };
+                    });
+                }
+                BackendAction::TakeLock(what) => {
+                    held = Some((what, received.fds.pop().unwrap()));
+                    let reply = FrontendReply::Status(FrontendCode::HandBack, hand_back);
+                    main.send(&reply.encode(), &[]).unwrap();
                 }
                 action => panic!("{action:?}"),
             }
@@ -175,6 +198,24 @@ impl Backend {
         assert_eq!(action, BackendAction::Flush);
         let reply = FrontendReply::Status(FrontendCode::Flush, status);
         self.main.send(&reply.encode(), &[]).unwrap();
+    }
+
+    /// Waits for QUIESCED.
+    pub fn quiesced(&mut self) -> Quiesced {
+        let received = self.main.recv().unwrap();
+        let action = self
+            .session
+            .request(&received.message, received.reply_wanted)
+            .unwrap();
+        let BackendAction::Quiesced(quiesced, None) = action else {
+            panic!("{action:?}");
+        };
+        quiesced
+    }
+
+    /// Nothing has come on the main channel.
+    pub fn assert_no_message(&mut self) {
+        assert!(self.main.try_recv().unwrap().is_none());
     }
 
     /// Sends a request and reads events until its answer is there.

@@ -9,3 +9,5 @@ mod handshake;
 mod hostile;
 mod mapping;
 mod process;
+mod quiesce;
+mod reattach;
