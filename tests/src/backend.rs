@@ -31,17 +31,27 @@ impl Backend {
     pub fn start(image: &Path, arguments: &[&str]) -> Self {
         let mut socket = image.as_os_str().to_owned();
         socket.push(".sock");
-        let socket = PathBuf::from(socket);
-        let mut backend = Self::spawn(image, &socket, arguments);
+        Self::start_at(Path::new(&socket), image, arguments)
+    }
+
+    /// Starts a backend that listens at `socket`, and waits until it does.
+    pub fn start_at(socket: &Path, image: &Path, arguments: &[&str]) -> Self {
+        let mut backend = Self::spawn(image, socket, arguments);
         wait_until("the backend listens", PATIENCE, || {
             let ended = backend.child.try_wait().unwrap();
             assert!(ended.is_none(), "the backend ended: {:#?}", backend.log());
-            UnixStream::connect(&socket).is_ok()
+            UnixStream::connect(socket).is_ok()
         });
         backend
     }
 
-    fn spawn(image: &Path, socket: &Path, arguments: &[&str]) -> Self {
+    /// Starts another one in the place of this one, which has ended, and does not wait for it.
+    pub fn restart(&mut self, image: &Path, arguments: &[&str]) {
+        *self = Self::spawn(image, &self.socket, arguments);
+    }
+
+    /// Starts one that listens at `socket`, and does not wait for it.
+    pub fn spawn(image: &Path, socket: &Path, arguments: &[&str]) -> Self {
         let mut child = Command::new(program("pcow-backend"))
             .arg("--socket")
             .arg(socket)
@@ -129,7 +139,8 @@ impl Backend {
         self.child.wait().unwrap();
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }

@@ -17,6 +17,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod random;
 pub mod scratch;
+pub mod soak;
 pub mod tpm;
 pub mod trace;
 pub mod waiting;

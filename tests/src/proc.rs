@@ -12,6 +12,14 @@ pub fn descriptor_count(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
+/// A number of `/proc/PID/status`, such as `Threads`.
+pub fn status_number(pid: u32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next());
+    number.unwrap().parse().unwrap()
+}
+
 /// The state of the thread `name` of the process `pid`, as in proc_pid_stat(5): `S` for one that waits for others.
 ///
 /// # Panics

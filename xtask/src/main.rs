@@ -20,6 +20,7 @@ mod packages;
 mod qemu;
 mod run;
 mod series;
+mod soak;
 mod sources;
 mod test;
 mod vmlinux;
@@ -55,6 +56,8 @@ enum Task {
     Lab(lab::Arguments),
     /// Measure what pcow costs, and print tables
     Bench(bench::Arguments),
+    /// Kill the backend again and again under load, and count what is wrong afterwards
+    Soak(soak::Arguments),
     /// Set everything up, then show step by step what pcow is for
     Demo(demo::Arguments),
     /// Set everything up, then run the formatter, the linter and all tests
@@ -79,6 +82,7 @@ impl Task {
             Self::Guest(arguments) => guest::command(&cache, &arguments),
             Self::Lab(arguments) => lab::command(&cache, &arguments),
             Self::Bench(arguments) => bench::command(&cache, &arguments),
+            Self::Soak(arguments) => soak::command(&arguments),
             Self::Demo(arguments) => demo::command(&cache, &arguments),
             Self::Test(arguments) => test::command(&cache, &arguments),
         }

@@ -86,11 +86,11 @@ impl ImageLock {
         let Some(lock) = Self::serving(dir)? else {
             return Ok(None);
         };
-        match take(&lock.own, libc::F_WRLCK, IN_USE) {
-            Ok(()) => lock.hold_own()?,
-            // Nobody writes metadata who does not have byte 1, and a frontend's mappings show only what is data.
-            Err(_) if is_write_locked(&lock.own, IN_USE)? => {}
-            Err(e) => return Err(e),
+        // A frontend is not waited for here: the guest waits for this backend. Nobody writes metadata who does not have
+        // byte 1, and a frontend's mappings show only what is data.
+        if !is_write_locked(&lock.own, IN_USE)? {
+            take(&lock.own, libc::F_WRLCK, IN_USE)?;
+            lock.hold_own()?;
         }
         Ok(Some(lock))
     }

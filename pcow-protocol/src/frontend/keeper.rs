@@ -25,7 +25,10 @@ use super::session::Session;
 use super::{FrontendOptions, wanted_features};
 use crate::error::{Chain, Error, ErrorKind, Result};
 
-/// The first pause between two attempts; each is twice as long as the one before.
+/// A pause between two attempts is this part of the time that memory has waited so far: a backend that comes is noticed a
+/// quarter later than it could be at most.
+const PAUSE_SHARE: u32 = 4;
+/// The first pause.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -205,7 +208,6 @@ impl Shared {
 
     /// Tries until there is a session; `None` when it is time to stop.
     fn next_session(&self, ended: &Ended) -> Option<Session> {
-        let mut pause = FIRST_PAUSE;
         let mut reminder = FIRST_REMINDER;
         let mut remind_at = ended.at + reminder;
         loop {
@@ -218,10 +220,10 @@ impl Shared {
                 reminder = (reminder * 2).min(LONGEST_REMINDER);
                 remind_at = Instant::now() + reminder;
             }
-            if self.pause(pause) {
+            let pause = ended.at.elapsed() / PAUSE_SHARE;
+            if self.pause(pause.clamp(FIRST_PAUSE, LONGEST_PAUSE)) {
                 return None;
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
