@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub struct Offer {
     pub place: Occupancy,
     /// What the attached frontend may have only read, to be given back before the end.
     pub give_back: Mutex<GiveBack>,
+    /// The process ends, and has flushed.
+    pub ending: AtomicBool,
 }
 
 impl Offer {
@@ -154,7 +157,9 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
 }
 
 fn detach(offer: &Offer) {
-    if let Err(e) = offer.disk.flush() {
+    if !offer.ending.load(Ordering::SeqCst)
+        && let Err(e) = offer.disk.flush()
+    {
         log::error!("flush at detach: {}", chain(&e));
     }
     if let Err(e) = offer.disk.give_back() {

@@ -89,6 +89,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         uffd_device: open_uffd_device(),
         place: Occupancy::default(),
         give_back: std::sync::Mutex::default(),
+        ending: std::sync::atomic::AtomicBool::default(),
     };
     let flush_interval = cli
         .flush_interval()

@@ -2,6 +2,7 @@
 //! The daemon: accepts frontends, flushes at intervals, ends cleanly.
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -137,11 +138,13 @@ impl Server {
         }
     }
 
-    /// Ends all sessions, then makes everything durable. What takes time comes first, while the guest is still served: it
-    /// pauses from the end of its session to the first fault that the next backend serves.
+    /// Makes everything durable, then ends all sessions. In this order, since a guest pauses from the end of its session to
+    /// the first fault that the next backend serves. What it stores in between is in the page cache, where that one finds
+    /// it; a guest goes on storing to what it has mapped anyway, so no flush at the very end would be the last.
     fn finish(&self) -> Result<(), Failure> {
         self.offer.give_back(Instant::now() + GIVE_BACK);
-        self.flush();
+        let flushed = self.offer.disk.flush();
+        self.offer.ending.store(true, Ordering::SeqCst);
         for running in self.lock().drain(..) {
             // It may have ended by itself.
             let _ = running.stream.shutdown(std::net::Shutdown::Both);
@@ -149,8 +152,7 @@ impl Server {
                 log::error!("a connection's thread panicked");
             }
         }
-        self.offer.disk.flush()?;
-        Ok(())
+        Ok(flushed?)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Running>> {

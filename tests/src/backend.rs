@@ -125,6 +125,11 @@ impl Backend {
     /// Asks it to end, and waits for that and for all of its log.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
+        self.wait()
+    }
+
+    /// Waits for its end and for all of its log.
+    pub fn wait(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the backend ends", PATIENCE, || {
             status = self.child.try_wait().unwrap();

@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 
-use super::load::{Load, build};
+use super::load::{Difference, Done, Load, build};
 use crate::backend::Backend;
 use crate::proc;
 use crate::scratch::Scratch;
 use crate::waiting::wait_until;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than the backend takes to notice that a connection has ended.
+const FORGOTTEN: Duration = Duration::from_millis(1500);
 /// How long each frontend works.
 const STAY: Duration = Duration::from_millis(50);
 
@@ -43,6 +45,8 @@ impl Usage {
 pub struct Coming {
     /// How many there were.
     pub frontends: usize,
+    /// What was not as the threads of all of them know it.
+    pub difference: Difference,
     /// After the first tenth of the time.
     pub early: Usage,
     /// At the end.
@@ -50,10 +54,11 @@ pub struct Coming {
 }
 
 impl Coming {
-    /// Whether the backend takes what it took early: to within what an allocator keeps.
+    /// Whether nothing was wrong and the backend takes what it took early, to within what an allocator keeps.
     pub fn is_flat(&self) -> bool {
         let Self { early, late, .. } = self;
-        late.descriptors == early.descriptors
+        self.difference == Difference::default()
+            && late.descriptors == early.descriptors
             && late.threads == early.threads
             && late.memory_kib <= early.memory_kib + early.memory_kib / 4 + 4096
     }
@@ -64,14 +69,15 @@ impl fmt::Display for Coming {
         let Self { early, late, .. } = self;
         write!(
             f,
-            "{} frontends came and went: memory {} KiB early and {} KiB at the end, descriptors {} and {}, threads {} and {}",
+            "{} frontends came and went: memory {} KiB early and {} KiB at the end, descriptors {} and {}, threads {} and {}; {}",
             self.frontends,
             early.memory_kib,
             late.memory_kib,
             early.descriptors,
             late.descriptors,
             early.threads,
-            late.threads
+            late.threads,
+            self.difference
         )
     }
 }
@@ -81,43 +87,54 @@ impl fmt::Display for Coming {
 /// # Panics
 /// If one is not served.
 pub fn come_and_go(time: Duration) -> Coming {
-    let scratch = Scratch::new();
+    // In memory: each frontend leaves a flush behind, and a disk would be all that is waited for.
+    let scratch = Scratch::below("/dev/shm".as_ref());
     let image = build(&scratch, 1);
     let backend = Backend::start(&image, &[]);
     let begin = Instant::now();
     let mut early = None;
     let mut frontends = 0;
+    let mut done = Done::default();
     while begin.elapsed() < time {
-        stay(&backend, frontends);
+        done = stay(&backend, frontends, done);
         frontends += 1;
         if early.is_none() && begin.elapsed() >= time / 10 {
             early = Some(usage_when_alone(&backend));
         }
     }
     let late = usage_when_alone(&backend);
+    drop(backend);
     Coming {
         frontends,
+        difference: done.compare_with_disk(&image),
         early: early.unwrap_or(late),
         late,
     }
 }
 
-fn stay(backend: &Backend, number: usize) {
+fn stay(backend: &Backend, number: usize, before: Done) -> Done {
     let useless = UnixStream::connect(backend.socket()).unwrap();
     let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
-    let load = Load::start(&frontend, 1);
-    // What the threads of earlier frontends have stored is no difference: only what is taken is looked at.
+    let load = Load::go_on(&frontend, number.try_into().unwrap(), before);
     std::thread::sleep(STAY);
-    load.finish();
+    let done = load.finish();
     if number.is_multiple_of(2) {
         frontend.flush().unwrap();
     }
     drop(useless);
+    done
 }
 
 fn usage_when_alone(backend: &Backend) -> Usage {
-    // The daemon joins ended connections within a second, and gives idle threads no work.
-    let alone = || proc::status_number(backend.pid(), "Threads") == 1;
-    wait_until("the backend is alone", PATIENCE, alone);
-    Usage::of(backend.pid())
+    let usage = || Usage::of(backend.pid());
+    wait_until("the backend is alone", PATIENCE, || usage().threads == 1);
+    // It forgets connections that have ended, and closes what belongs to them, within a second.
+    let mut since = (usage().descriptors, Instant::now());
+    wait_until("it has forgotten them", PATIENCE, || {
+        if usage().descriptors != since.0 {
+            since = (usage().descriptors, Instant::now());
+        }
+        since.1.elapsed() > FORGOTTEN
+    });
+    usage()
 }

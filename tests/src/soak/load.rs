@@ -112,24 +112,39 @@ type Words = HashMap<u64, u64>;
 pub struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Words>>,
+    /// What earlier threads have met.
+    wrong: u64,
+    zeros: u64,
 }
 
 impl Load {
     /// Starts them on the region of `frontend`.
     pub fn start(frontend: &Frontend, seed: u64) -> Self {
+        Self::go_on(frontend, seed, Done::default())
+    }
+
+    /// Starts threads that know what those of `before` have stored.
+    pub fn go_on(frontend: &Frontend, seed: u64, mut before: Done) -> Self {
+        before.words.resize_with(THREADS, HashMap::new);
         let shared = Arc::<Shared>::default();
-        let start = |thread| {
+        let start = |(thread, words)| {
             let toucher = Toucher {
                 memory: Memory::new(frontend.region()),
                 thread,
                 random: Random::new(seed * 64 + u64::try_from(thread).unwrap()),
-                words: HashMap::new(),
+                words,
                 shared: Arc::clone(&shared),
             };
             std::thread::spawn(move || toucher.work())
         };
-        let threads = (0..THREADS).map(start).collect();
-        Self { shared, threads }
+        let threads = before.words.into_iter().enumerate().map(start);
+        let threads = threads.collect();
+        Self {
+            wrong: before.wrong,
+            zeros: before.zeros,
+            shared,
+            threads,
+        }
     }
 
     /// The threads that are in a touch now. Most touches are faults or take nanoseconds.
@@ -181,19 +196,21 @@ impl Load {
         let words = words.collect();
         let sum = |of: fn(&Gauge) -> &AtomicU64| {
             let gauges = self.shared.gauges.iter();
-            gauges.map(|gauge| of(gauge).load(Ordering::SeqCst)).sum()
+            gauges
+                .map(|gauge| of(gauge).load(Ordering::SeqCst))
+                .sum::<u64>()
         };
         Done {
             touches,
             words,
-            wrong: sum(|gauge| &gauge.wrong),
-            zeros: sum(|gauge| &gauge.zeros),
+            wrong: self.wrong + sum(|gauge| &gauge.wrong),
+            zeros: self.zeros + sum(|gauge| &gauge.zeros),
         }
     }
 }
 
 /// What was done.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Done {
     /// Touches of all threads.
     pub touches: u64,

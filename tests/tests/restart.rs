@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The backend is killed, stopped, replaced or asked to end, under load and beside other backends: the frontend's memory
+//! only waits, and an image never has two.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pcow_format::{LOCK_FILE, Purpose, Stored, holder};
+use pcow_protocol::frontend::{Frontend, FrontendOptions, LinkStatus};
+use pcow_tests::backend::Backend;
+use pcow_tests::memory::Memory;
+use pcow_tests::scratch::Scratch;
+use pcow_tests::soak::{Difference, Load, build, come_and_go, kill_again_and_again};
+use pcow_tests::waiting::wait_until;
+use rustix::process::Signal;
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn connect(socket: &Path) -> Frontend {
+    Frontend::connect(socket, &FrontendOptions::default()).unwrap()
+}
+
+/// What a backend that must not be started says.
+fn refusal(image: &Path, arguments: &[&str]) -> String {
+    let scratch = Scratch::new();
+    let mut backend = Backend::spawn(image, &scratch.path("s"), arguments);
+    let status = backend.wait();
+    assert_eq!(status.code(), Some(1), "{:#?}", backend.log());
+    backend.log().last().unwrap().clone()
+}
+
+fn reason(frontend: &Frontend) -> String {
+    match frontend.status() {
+        LinkStatus::Waiting { reason, .. } => reason,
+        _ => String::new(),
+    }
+}
+
+#[test]
+fn two_hundred_kills_under_load_lose_nothing_and_all_that_waits_goes_on() {
+    let report = kill_again_and_again(200, 1, |_| {});
+    println!("{report}");
+    assert!(report.is_good(), "{report}");
+}
+
+#[test]
+fn a_backend_takes_no_more_after_many_frontends_have_come_and_gone() {
+    let coming = come_and_go(Duration::from_secs(10));
+    println!("{coming}");
+    assert!(coming.frontends > 10, "{coming}");
+    assert!(coming.is_flat(), "{coming}");
+}
+
+#[test]
+fn beside_a_stopped_backend_no_other_is_served_until_it_is_killed() {
+    let s = Scratch::new();
+    let image = build(&s, 1);
+    let mut a = Backend::start(&image, &[]);
+    let frontend = connect(a.socket());
+    let load = Load::start(&frontend, 1);
+    wait_until("there is load", PATIENCE, || load.touches() > 1000);
+    a.signal(Signal::STOP);
+    wait_until("a thread waits", PATIENCE, || !load.waiting().is_empty());
+    let said = refusal(&image, &[]);
+    let name = format!("in use by process {}", a.pid());
+    assert!(said.contains(&name), "{said}");
+    let waiting = load.waiting();
+    a.kill();
+    let waiting = load.still_in(&waiting);
+    a.restart(&image, &[]);
+    wait_until("they go on", PATIENCE, || {
+        load.still_in(&waiting).is_empty()
+    });
+    let before = load.touches();
+    wait_until("there is load", PATIENCE, || load.touches() > before + 1000);
+    let done = load.finish();
+    drop(frontend);
+    assert!(a.terminate().success());
+    assert_eq!(done.compare_with_disk(&image), Difference::default());
+}
+
+#[test]
+fn a_stopped_backend_is_taken_over_from_by_force() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut a = Backend::start(&image, &[]);
+    let frontend = connect(a.socket());
+    Memory::new(frontend.region()).store(8, 7);
+    a.signal(Signal::STOP);
+    let b = Backend::spawn(&image, a.socket(), &["--takeover"]);
+    b.wait_for_log("it has not ended within 10 s");
+    assert!(!a.wait().success(), "it was killed");
+    wait_until("the other serves", PATIENCE, || {
+        b.log().iter().any(|line| line.contains("has come back"))
+    });
+    assert!(frontend.wait_attached(PATIENCE));
+    assert_eq!(Memory::new(frontend.region()).load(8), 7);
+}
+
+/// The longest that any thread of the load waits while one backend makes room for another.
+fn longest_stall(arguments: &[&str], replace: impl Fn(&mut Backend, &Path)) -> Duration {
+    let s = Scratch::new();
+    let image = build(&s, 1);
+    let mut backend = Backend::start(&image, arguments);
+    let frontend = connect(backend.socket());
+    let load = Load::start(&frontend, 1);
+    let mut longest = Duration::ZERO;
+    for _ in 0..3 {
+        let before = load.touches();
+        wait_until("there is load", PATIENCE, || load.touches() > before + 1000);
+        load.take_longest();
+        replace(&mut backend, &image);
+        let before = load.touches();
+        wait_until("there is load", PATIENCE, || load.touches() > before + 1000);
+        longest = longest.max(load.take_longest());
+    }
+    let done = load.finish();
+    drop(frontend);
+    backend.kill();
+    assert_eq!(done.compare_with_disk(&image), Difference::default());
+    longest
+}
+
+#[test]
+fn a_takeover_under_load_is_a_pause() {
+    let plain = longest_stall(&[], |backend, image| {
+        backend.kill();
+        backend.restart(image, &[]);
+    });
+    let takeover = longest_stall(&[], |backend, image| {
+        let mut next = Backend::spawn(image, backend.socket(), &["--takeover"]);
+        std::mem::swap(backend, &mut next);
+        let mut old = next;
+        assert!(old.wait().success(), "it ended cleanly: {:#?}", old.log());
+        backend.wait_for_log("has come back");
+    });
+    let ratio = takeover.as_secs_f64() / plain.as_secs_f64();
+    println!(
+        "longest stall: {takeover:.1?} with a takeover, {plain:.1?} with a kill and a restart, ratio {ratio:.2}"
+    );
+}
+
+#[test]
+fn a_backend_that_is_asked_to_end_flushes_and_warns_and_the_frontend_goes_on_with_the_next() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &["--flush-interval", "0"]);
+    let frontend = connect(backend.socket());
+    let memory = Memory::new(frontend.region());
+    memory.store(8, 7);
+    assert!(backend.terminate().success());
+    let log = backend.log().join("\n");
+    assert!(log.contains("will wait for the next backend"), "{log}");
+    assert!(!backend.socket().exists());
+    let stored = Stored::open(&image, &[]).unwrap();
+    let report = pcow_format::check::check(&stored).unwrap();
+    assert_eq!((report.data_clusters, report.live_clusters), (1, 0));
+    memory.store(16, 9);
+    let clone = memory.clone();
+    let waiting = std::thread::spawn(move || clone.load(MIB));
+    wait_until(
+        "the status says so",
+        PATIENCE,
+        || matches!(frontend.status(), LinkStatus::Waiting { since, .. } if since < Instant::now()),
+    );
+    assert!(!waiting.is_finished());
+    backend.restart(&image, &[]);
+    assert_eq!(waiting.join().unwrap(), 0);
+    assert_eq!((memory.load(8), memory.load(16)), (7, 9));
+    frontend.flush().unwrap();
+}
+
+#[test]
+fn a_frontend_that_keeps_an_image_keeps_others_out_until_it_ends() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &[]);
+    let no_return = FrontendOptions {
+        reconnect: false,
+        ..FrontendOptions::default()
+    };
+    let keeps = Frontend::connect(backend.socket(), &no_return).unwrap();
+    Memory::new(keeps.region()).store(8, 7);
+    backend.kill();
+    backend.restart(&image, &[]);
+    backend.wait_for_log("waiting for it to come back");
+    let mut refused = None;
+    wait_until("it listens", PATIENCE, || {
+        refused = Frontend::connect(backend.socket(), &no_return).err();
+        refused.as_ref().and_then(pcow_protocol::Error::errno) == Some(libc::EBUSY)
+    });
+    drop(keeps);
+    let next = connect(backend.socket());
+    assert_eq!(Memory::new(next.region()).load(8), 7);
+}
+
+fn copy(arguments: &str, from: &Path, to: &Path) {
+    let done = Command::new("cp").arg(arguments).args([from, to]).status();
+    assert!(done.unwrap().success());
+}
+
+#[test]
+fn a_copy_of_the_image_is_not_taken_for_it() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut original = Backend::start(&image, &[]);
+    let frontend = connect(original.socket());
+    let memory = Memory::new(frontend.region());
+    memory.store(8, 7);
+    original.kill();
+    copy("-a", &image, &s.path("copy"));
+    let mut other = Backend::start_at(original.socket(), &s.path("copy"), &[]);
+    wait_until("it is refused", PATIENCE, || {
+        reason(&frontend).contains("it serves a copy of the image")
+    });
+    assert_eq!(memory.load(8), 7, "what is mapped is the image's still");
+    other.kill();
+    // One that has no lock of its own to compare, since another virtual machine keeps that.
+    let witness = s.path("witness.sock");
+    let mut other = Backend::start_at(&witness, &s.path("copy"), &[]);
+    let no_return = FrontendOptions {
+        reconnect: false,
+        ..FrontendOptions::default()
+    };
+    let keeps = Frontend::connect(&witness, &no_return).unwrap();
+    other.kill();
+    let mut other = Backend::start_at(original.socket(), &s.path("copy"), &[]);
+    wait_until("it is refused", PATIENCE, || {
+        reason(&frontend).contains("another image, a copy, or a changed one")
+    });
+    other.wait_for_log("its memory is of a copy");
+    other.kill();
+    drop(keeps);
+    original.restart(&image, &[]);
+    assert!(frontend.wait_attached(PATIENCE));
+    assert_eq!(memory.load(8), 7);
+}
+
+#[test]
+fn a_copy_made_of_links_cannot_be_served_at_all() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &[]);
+    let frontend = connect(backend.socket());
+    backend.kill();
+    copy("-al", &image, &s.path("copy"));
+    let said = refusal(&s.path("copy"), &[]);
+    assert!(said.contains("more than one name"), "{said}");
+    std::fs::remove_dir_all(s.path("copy")).unwrap();
+    backend.restart(&image, &[]);
+    assert!(frontend.wait_attached(PATIENCE));
+}
+
+/// A process of this test's that has nothing to do with the image.
+struct Bystander(Child);
+
+impl Bystander {
+    fn new() -> Self {
+        let mut sleep = Command::new("sleep");
+        Self(sleep.arg("600").stdin(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_takeover_signals_nobody_whom_the_lock_does_not_name_exactly() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &[]);
+    let lock = image.join(LOCK_FILE);
+    let right = std::fs::read_to_string(&lock).unwrap();
+    let mut bystander = Bystander::new();
+    let pid = format!("pid={} ", backend.pid());
+    let field = |name: &str| {
+        let (_, rest) = right.split_once(name).unwrap();
+        let value = rest.split_whitespace().next().unwrap();
+        format!("{name}{value}")
+    };
+    for (text, why) in [
+        (
+            right.replace(&pid, &format!("pid={} ", bystander.0.id())),
+            "another boot, namespace or start time",
+        ),
+        (
+            right.replace(&field("start="), "start=1"),
+            "another boot, namespace or start time",
+        ),
+        (
+            right.replace(&field("namespace="), "namespace=1"),
+            "another boot, namespace or start time",
+        ),
+        (
+            right.replace(&field("boot="), "boot=00000000-0000-4000-8000-000000000000"),
+            "another boot, namespace or start time",
+        ),
+        (right.replace("serve", "change"), "is a command"),
+        (right.replace("boot=", "boot"), "does not say which process"),
+        (String::new(), "does not say which process"),
+    ] {
+        std::fs::write(&lock, &text).unwrap();
+        let said = refusal(&image, &["--takeover"]);
+        assert!(said.contains(why), "'{why}' is not in: {said}");
+        assert!(said.contains("without --takeover"), "{said}");
+    }
+    assert!(bystander.0.try_wait().unwrap().is_none());
+    std::fs::write(&lock, &right).unwrap();
+    let next = Backend::spawn(&image, backend.socket(), &["--takeover"]);
+    assert!(backend.wait().success(), "the right one is ended");
+    next.wait_for_log("serving ");
+    let stored = Stored::open(&image, &[]).unwrap();
+    let Some(pcow_format::Holder::Writer(record)) = holder(stored.directory()).unwrap() else {
+        panic!("nobody serves");
+    };
+    let (process, purpose) = record.process.unwrap();
+    assert_eq!((process.pid, purpose), (next.pid(), Purpose::Serve));
+}
+
+#[test]
+fn a_takeover_from_nobody_is_a_start() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut first = Backend::start(&image, &["--takeover"]);
+    first.kill();
+    let second = Backend::start(&image, &["--takeover"]);
+    second.wait_for_log("there is no backend to take over from");
+}
