@@ -13,9 +13,9 @@ use clap::{ArgGroup, Parser};
 /// (QEMU's memory-backend-pcow, or a program that links pcow-protocol), one at a time. It stays in the foreground, goes on
 /// listening when a frontend leaves, and ends cleanly on SIGTERM or SIGINT.
 #[derive(Debug, Parser)]
-#[command(name = "pcow-backend", version, group = ArgGroup::new("endpoint").required(true).args(["socket", "fd", "print_capabilities"]))]
+#[command(name = "pcow-backend", version, group = ArgGroup::new("endpoint").args(["socket", "fd", "print_capabilities"]))]
 #[command(
-    after_help = "Exit codes: 0 clean end, 1 failure, 64 arguments that cannot be used.\nThe log level is set with RUST_LOG (default: info)."
+    after_help = "Without --socket and --fd the socket is the one that a service manager hands down (LISTEN_FDS).\nExit codes: 0 clean end, 1 failure, 64 arguments that cannot be used.\nThe log level is set with RUST_LOG (default: info)."
 )]
 pub struct Cli {
     /// Listen on this path.

@@ -23,6 +23,7 @@ use crate::disk::Disk;
 use crate::endpoint::peer_process;
 use crate::occupancy::Occupancy;
 use crate::service::{Budgets, FaultService, GiveBack, Peer};
+use crate::service_manager;
 
 /// How long a frontend may take for one step of the handshake.
 const HANDSHAKE_STEP: Duration = Duration::from_secs(30);
@@ -150,6 +151,7 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         }
         detach(offer);
         log::info!("frontend detached");
+        service_manager::status("waiting for a virtual machine");
     }
     if let Err(e) = end {
         log::warn!("connection ended: {}", chain(&e));
@@ -252,6 +254,7 @@ impl Connection<'_> {
                     "frontend attached: {} mappings allowed",
                     fault_fd.mapping_limit
                 );
+                service_manager::status("serving a virtual machine");
                 *self
                     .offer
                     .give_back

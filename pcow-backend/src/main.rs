@@ -14,6 +14,7 @@ mod failure;
 mod occupancy;
 mod server;
 mod service;
+mod service_manager;
 mod signals;
 mod takeover;
 
@@ -73,7 +74,14 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     let place = match (&cli.socket, cli.fd) {
         (Some(path), _) => Place::path(path, cli.takeover)?,
         (None, Some(fd)) => Place::from_fd(fd)?,
-        (None, None) => return Err(Failure::usage("--socket or --fd is missing")),
+        (None, None) => match service_manager::socket()? {
+            Some(fd) => Place::from_fd(fd)?,
+            None => {
+                let what =
+                    "--socket or --fd is missing, and no service manager has handed a socket down";
+                return Err(Failure::usage(what));
+            }
+        },
     };
     if cli.takeover {
         takeover::take_over(image, &cli.base_dir)?;
@@ -95,6 +103,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         .flush_interval()
         .filter(|_| !offer.disk.read_only() && !offer.disk.is_dax());
     let server = Server::new(offer, flush_interval);
+    service_manager::ready();
     let result = server.run(&endpoint, &signals);
     if let Endpoint::Listening(_, Some(path)) = &endpoint {
         // Best effort: a stale socket is replaced by the next backend. While the image is still held, or the socket could

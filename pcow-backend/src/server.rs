@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use crate::connection::{self, Offer, chain};
 use crate::endpoint::Endpoint;
 use crate::failure::Failure;
+use crate::service_manager;
 use crate::signals::Signals;
 
 /// Connections at a time: one frontend, and others that find that out.
@@ -68,6 +69,7 @@ impl Server {
             let woken = wait(endpoint, signals, next_flush)?;
             if woken.signal {
                 log::info!("{}: ending", signals.take());
+                service_manager::stopping();
                 if self.offer.place.is_attached() {
                     log::warn!(
                         "a frontend is attached: memory that it has not touched yet will wait for the next backend"
