@@ -5,10 +5,11 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use pcow_format::Stored;
 use pcow_protocol::ErrorKind;
 use pcow_protocol::codec::Connection;
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
@@ -16,7 +17,9 @@ use pcow_protocol::message::{
     BackendReply, BackendRequest, FrontendReply, FrontendRequest, Status,
 };
 use pcow_protocol::uffd::Uffd;
-use pcow_protocol::wire::{FEATURE_PROTOCOL_FEATURES, FaultFd, NEEDED_FEATURES};
+use pcow_protocol::wire::{
+    FEATURE_PROTOCOL_FEATURES, FEATURE_RESET, FaultFd, FrontendCode, Held, NEEDED_FEATURES,
+};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
 use pcow_tests::proc::descriptor_count;
@@ -30,6 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Host {
     _scratch: Scratch,
+    image: PathBuf,
     backend: Backend,
     descriptors: usize,
 }
@@ -43,6 +47,7 @@ impl Host {
         backend.wait_for_log("frontend detached");
         let mut host = Self {
             _scratch: scratch,
+            image,
             backend,
             descriptors: 0,
         };
@@ -114,7 +119,7 @@ fn garbage_ends_the_connection_that_it_came_over() {
         ("an unknown flag", header(1, 1 | 1 << 7, 0)),
         ("a reply nobody asked for", header(1, 1 | 4, 8)),
         ("an unknown request", header(999, 1, 0)),
-        ("a reserved request", header(1002, 1, 0)),
+        ("an unknown request beside known ones", header(1005, 1, 0)),
         ("a size that is not the request's", header(1, 1, 8)),
         ("a size beyond every limit", header(2, 1, u32::MAX)),
         ("a request out of order", header(1003, 1 | 8, 0)),
@@ -178,7 +183,7 @@ impl Steps {
             FrontendRequest::GetFeatures,
             FrontendRequest::SetFeatures(FEATURE_PROTOCOL_FEATURES),
             FrontendRequest::GetProtocolFeatures,
-            FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES),
+            FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES | FEATURE_RESET),
             FrontendRequest::GetRegion,
         ];
         for request in &requests[..steps.min(5)] {
@@ -244,6 +249,46 @@ fn descriptors_that_do_not_belong_are_closed_and_end_the_connection() {
         .unwrap();
     assert_closed(steps.main.stream(), "a channel without descriptor");
     host.assert_unharmed("a channel without descriptor");
+}
+
+#[test]
+fn a_lock_that_nobody_has_kept_is_refused_and_the_next_frontend_served() {
+    let host = Host::new();
+    let stored = Stored::open(&host.image, &[]).unwrap();
+    let held = Held {
+        image: stored.root().uuid.into_bytes(),
+        layer: stored.root().active.into_bytes(),
+        ..Held::default()
+    };
+    let [image, layer] = [[1; 16]; 2];
+    let other_image = Held { image, ..held };
+    let other_layer = Held { layer, ..held };
+    let open = |write| {
+        let mut options = std::fs::File::options();
+        let lock = options
+            .read(true)
+            .write(write)
+            .open(host.image.join("lock"));
+        OwnedFd::from(lock.unwrap())
+    };
+    let (pipe, _end) = rustix::pipe::pipe().unwrap();
+    for (what, held, fd, errno) in [
+        ("of another image", other_image, open(true), libc::ESTALE),
+        ("of another layer", other_layer, open(true), libc::ESTALE),
+        ("that is a pipe", held, pipe, libc::ESTALE),
+        ("that locks nothing", held, open(false), libc::EINVAL),
+        ("of another description", held, open(true), libc::EBUSY),
+    ] {
+        let mut steps = Steps::new(&host);
+        steps.take(5);
+        let reply = steps.ask(&FrontendRequest::HandBack(held), &[fd.as_fd()]);
+        let wanted = FrontendReply::Status(FrontendCode::HandBack, Status::from_errno(errno));
+        assert_eq!(reply, wanted, "a lock {what}");
+        let again = FrontendRequest::HandBack(held).encode(true);
+        steps.main.send(&again, &[fd.as_fd()]).unwrap();
+        assert_closed(steps.main.stream(), "a second lock");
+        host.assert_unharmed(&format!("a lock {what}"));
+    }
 }
 
 #[test]
