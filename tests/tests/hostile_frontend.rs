@@ -16,7 +16,7 @@ use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_protocol::message::{
     BackendReply, BackendRequest, FrontendReply, FrontendRequest, Status,
 };
-use pcow_protocol::uffd::Uffd;
+use pcow_protocol::uffd::{CopyMode, Event, EventBuffer, Uffd};
 use pcow_protocol::wire::{
     FEATURE_PROTOCOL_FEATURES, FEATURE_RESET, FaultFd, FrontendCode, Held, NEEDED_FEATURES,
 };
@@ -421,6 +421,73 @@ fn wrong_answers_on_the_backend_channel_end_the_session() {
 
 fn libc_eio() -> i32 {
     rustix::io::Errno::IO.raw_os_error()
+}
+
+/// A page of trap at a multiple of 2 MiB, in memory that is given back when this is dropped.
+struct Trap {
+    base: u64,
+    uffd: Uffd,
+    _memory: memmap2::MmapMut,
+}
+
+impl Trap {
+    fn new() -> Self {
+        let alignment = 2 * MIB;
+        let len = usize::try_from(SIZE + alignment).unwrap();
+        let memory = memmap2::MmapOptions::new().len(len).map_anon().unwrap();
+        let base = u64::try_from(memory.as_ptr().addr()).unwrap();
+        let base = base.next_multiple_of(alignment);
+        let uffd = Uffd::create(None).unwrap();
+        uffd.register(base, SIZE).unwrap();
+        Self {
+            base,
+            uffd,
+            _memory: memory,
+        }
+    }
+
+    /// Stores to its first byte in a thread of its own, which waits.
+    fn spawn_store(&self) -> std::thread::JoinHandle<()> {
+        let base = usize::try_from(self.base).unwrap();
+        std::thread::spawn(move || {
+            let place = std::ptr::with_exposed_provenance_mut::<u8>(base);
+            // SAFETY: the memory outlives the thread, which the test joins, and nobody else touches it meanwhile.
+            unsafe { place.write_volatile(1) };
+        })
+    }
+
+    fn has_fault(&self) -> bool {
+        let mut buffer = EventBuffer::default();
+        let mut events = self.uffd.read_events(&mut buffer).unwrap();
+        events.any(|event| matches!(event, Event::Fault { address, .. } if address == self.base))
+    }
+}
+
+#[test]
+fn a_fault_that_a_session_has_read_and_not_answered_is_raised_again_when_it_ends() {
+    let host = Host::new();
+    let trap = Trap::new();
+    let mut steps = Steps::new(&host);
+    steps.take(6);
+    let attach = Steps::fault_fd(trap.base).encode(true);
+    steps.main.send(&attach, &[trap.uffd.as_fd()]).unwrap();
+    let mut channel: Connection<BackendRequest> = Connection::new(steps.channel.take().unwrap());
+    let code = channel.recv().unwrap().message.code();
+    let status = Status::OK;
+    let registered = BackendReply { code, status }.encode();
+    channel.send(&registered, &[]).unwrap();
+    steps.main.recv().unwrap();
+    let storing = trap.spawn_store();
+    // The backend has read the fault, and this frontend never does what it answers.
+    let request = channel.recv().unwrap().message;
+    assert!(matches!(request, BackendRequest::Map(_)), "{request:?}");
+    drop((steps, channel));
+    wait_until("the fault is raised again", PATIENCE, || trap.has_fault());
+    trap.uffd
+        .copy(trap.base, &[0; 4096], CopyMode::default())
+        .unwrap();
+    storing.join().unwrap();
+    host.assert_unharmed("a fault that was not answered");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! only waits, and an image never has two.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use pcow_tests::memory::Memory;
 use pcow_tests::scratch::Scratch;
 use pcow_tests::soak::{Difference, Load, build, come_and_go, kill_again_and_again};
 use pcow_tests::waiting::wait_until;
+use rustix::net::{Shutdown, SocketAddrAny, SocketAddrUnix, getpeername, shutdown};
 use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
@@ -52,6 +54,54 @@ fn a_backend_takes_no_more_after_many_frontends_have_come_and_gone() {
     println!("{coming}");
     assert!(coming.frontends > 10, "{coming}");
     assert!(coming.is_flat(), "{coming}");
+}
+
+/// Ends this process's connections to the backend that listens at `socket`, as a network would that breaks.
+fn cut_connections(socket: &Path) {
+    let address = SocketAddrAny::from(SocketAddrUnix::new(socket).unwrap());
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let name = entry.unwrap().file_name();
+        let number: RawFd = name.to_str().unwrap().parse().unwrap();
+        // SAFETY: the number is only passed to fcntl(2), which fails if another thread has closed it meanwhile.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        // A descriptor of its own, so that what is looked at is what is shut down.
+        let Ok(own) = rustix::io::fcntl_dupfd_cloexec(fd, 0) else {
+            continue;
+        };
+        if getpeername(&own).ok().flatten().as_ref() == Some(&address) {
+            // It may have ended by itself.
+            let _ = shutdown(&own, Shutdown::Both);
+        }
+    }
+}
+
+#[test]
+fn a_connection_that_breaks_under_load_is_followed_by_another_to_the_same_backend() {
+    let s = Scratch::new();
+    let image = build(&s, 1);
+    let mut backend = Backend::start(&image, &[]);
+    let frontend = connect(backend.socket());
+    let load = Load::start(&frontend, 1);
+    let mut waited = 0;
+    for _ in 0..50 {
+        let before = load.touches();
+        wait_until("there is load", PATIENCE, || load.touches() > before + 200);
+        let waiting = load.waiting();
+        waited += waiting.len();
+        cut_connections(backend.socket());
+        assert!(frontend.wait_detached(PATIENCE) || frontend.wait_attached(PATIENCE));
+        wait_until("they go on", PATIENCE, || {
+            load.still_in(&waiting).is_empty()
+        });
+    }
+    assert!(waited > 50, "{waited} threads waited at the cuts");
+    let done = load.finish();
+    drop(frontend);
+    assert!(backend.terminate().success());
+    let log = backend.log();
+    let back = log.iter().filter(|l| l.contains("has come back")).count();
+    assert!(back > 25, "came back {back} times");
+    assert_eq!(done.compare_with_disk(&image), Difference::default());
 }
 
 #[test]
