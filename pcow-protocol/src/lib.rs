@@ -46,6 +46,9 @@
 //!
 //! A touch of a place that the backend has not mapped yet waits for it, in whatever thread it happens. A thread that
 //! others need, such as the one that answers a management socket, should therefore not touch the region.
+//!
+//! The backend may die or be replaced at any time. What is mapped goes on working, and other touches wait until
+//! [`frontend::Frontend`] has found another that serves the same image; [`frontend::Frontend::status`] says since when.
 #![deny(unsafe_code)]
 
 pub mod codec;
