@@ -129,7 +129,7 @@ pinning_devices_are_refused() {
         '{"execute": "object-add", "arguments": {"qom-type": "memory-backend-pcow", "id": "pm", "chardev": "c0"}}' \
         '{"execute": "quit"}' |
         try_qemu -device "$device"
-    grep '"desc": "there are devices that pin guest memory"' /tmp/said
+    grep 'memory-backend-pcow .*: there are devices that pin guest memory' /tmp/said
     rm -r "$DAX/pinned.pcow"
 }
 
