@@ -200,6 +200,13 @@ impl Running {
         })
     }
 
+    /// Whether the thread that runs the main loop waits for memory that is missing.
+    pub fn main_loop_waits_for_memory(&self) -> bool {
+        let pid = self.child.id();
+        let place = fs::read_to_string(format!("/proc/{pid}/task/{pid}/wchan"));
+        place.is_ok_and(|place| place == "handle_userfault")
+    }
+
     /// Whether it has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()

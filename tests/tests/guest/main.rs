@@ -8,6 +8,7 @@
 mod clones;
 mod devices;
 mod monitor;
+mod reattach;
 mod refusals;
 mod snapshots;
 mod thin;

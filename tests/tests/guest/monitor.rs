@@ -60,13 +60,13 @@ fn an_object_added_at_run_time_is_served() {
     let mut qmp = running.qmp();
     let object = json!({ "qom-type": "memory-backend-pcow", "id": "pm", "chardev": "c0" });
     qmp.execute("object-add", &object).unwrap();
-    assert_eq!(connected(&mut qmp), json!(true));
+    assert_eq!(attached(&mut qmp), json!(true));
     qmp.execute("object-del", &json!({ "id": "pm" })).unwrap();
     backend.wait_for_log("frontend detached");
 }
 
-fn connected(qmp: &mut pcow_tests::qmp::Qmp) -> serde_json::Value {
-    let get = json!({ "path": "/objects/pm", "property": "connected" });
+fn attached(qmp: &mut pcow_tests::qmp::Qmp) -> serde_json::Value {
+    let get = json!({ "path": "/objects/pm", "property": "attached" });
     qmp.execute("qom-get", &get).unwrap()
 }
 
@@ -129,7 +129,7 @@ fn a_guest_whose_backend_was_killed_goes_on_with_mapped_memory_and_qemu_can_quit
     guest.wait_for(&format!("tick {}\n", seen + 3));
     let mut qmp = guest.qemu().qmp();
     assert_eq!(qmp.command("query-status")["status"], json!("running"));
-    assert_eq!(connected(&mut qmp), json!(false));
+    assert_eq!(attached(&mut qmp), json!(false));
     qmp.command("quit");
     assert!(guest.qemu().wait().success());
 }
