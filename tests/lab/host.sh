@@ -72,6 +72,7 @@ tests_on_filesystem() {
     step "$fs/clone" guest_changes_a_clone
     step "$fs/reading" guest_reads_without_allocating 64
     if [ "$LAB_FORM" = full ]; then
+        step "$fs/killing" guest_outlives_its_backends 20
         step "$fs/rollback" guest_sees_a_rollback
         step "$fs/reading-all" guest_reads_without_allocating 512
         step "$fs/clones" guests_change_clones

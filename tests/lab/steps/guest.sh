@@ -3,11 +3,14 @@
 
 GUEST_SECONDS=300
 
+# What is run as a backend.
+backend_program=pcow-backend
+
 # start_backend N IMAGE: the backend number N, with its socket and its log in /tmp.
 start_backend() {
     socket=/tmp/backend$1.sock
     rm -f "$socket"
-    pcow-backend --socket "$socket" --image "$2" 2>"/tmp/backend$1.log" &
+    "$backend_program" --socket "$socket" --image "$2" 2>"/tmp/backend$1.log" &
     backends="$backends $!"
     for _ in $(seq 300); do
         if [ -S "$socket" ]; then return 0; fi
