@@ -91,6 +91,7 @@ echo going
 guest_io store /dev/dax0.0 64M 2M 1
 guest_io verify /dev/dax0.0 64M 2M 1
 echo gone
+read -r line
 ";
 
 /// A guest whose only vCPU waits for memory, because its backend was killed.
@@ -134,7 +135,13 @@ impl Waiting {
 
     fn goes_on_with_a_backend(mut self) {
         self.backend.restart(&self.image, NONE);
+        self.ends_well();
+    }
+
+    /// What waited has gone on, and read what it had stored.
+    fn ends_well(mut self) {
         self.guest.wait_for("gone\n");
+        self.guest.qemu().send_line("end");
         self.guest.finish();
     }
 }
@@ -200,8 +207,7 @@ fn a_machine_whose_vcpu_waits_can_be_stopped_and_continued() {
     });
     assert!(!waiting.guest.qemu().serial().contains("gone"));
     qmp.command("cont");
-    waiting.guest.wait_for("gone\n");
-    waiting.guest.finish();
+    waiting.ends_well();
 }
 
 #[test]
@@ -250,8 +256,7 @@ fn a_limit_turns_waiting_into_a_stopped_machine_that_can_be_continued() {
         property(&mut qmp, "attached") == json!(true)
     });
     qmp.command("cont");
-    waiting.guest.wait_for("gone\n");
-    waiting.guest.finish();
+    waiting.ends_well();
 }
 
 /// A disk of 8 MiB with the pattern of `seed`.
@@ -337,6 +342,7 @@ fn a_copy_of_the_image_is_refused_and_the_image_itself_then_accepted() {
     assert!(property(&mut qmp, "waiting-ms").as_u64() > Some(0));
     let mut right = Backend::start_at(backend.socket(), &image, NONE);
     guest.wait_for("gone\n");
+    guest.qemu().send_line("end");
     guest.finish();
     assert!(right.terminate().success(), "{:#?}", right.log());
 }
