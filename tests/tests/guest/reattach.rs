@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
 
-/// The arguments of a backend that ends well with nothing to flush.
+/// No more arguments than a backend needs.
 const NONE: &[&str] = &[];
 
 /// How often the backend is killed under a filesystem; `PCOW_GUEST_KILLS` for the long form.
