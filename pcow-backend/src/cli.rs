@@ -48,6 +48,14 @@ pub struct Cli {
     #[arg(long, conflicts_with = "read_only")]
     pub takeover: bool,
 
+    /// Listen for operators here [default: control.sock in the image's directory; none with --read-only]
+    #[arg(long, value_name = "PATH", conflicts_with = "read_only")]
+    pub control: Option<PathBuf>,
+
+    /// Let the group of the control socket's file use it, too
+    #[arg(long, conflicts_with = "read_only")]
+    pub control_for_group: bool,
+
     /// Print what this program can do, as JSON, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -101,7 +109,7 @@ fn parse_cache_size(text: &str) -> Result<u64, String> {
 pub fn capabilities() -> serde_json::Value {
     serde_json::json!({
         "type": "pcow",
-        "features": ["read-only", "dax", "flush", "takeover"],
+        "features": ["read-only", "dax", "flush", "takeover", "control"],
     })
 }
 

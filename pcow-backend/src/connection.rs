@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pcow_format::HandedBack;
@@ -19,10 +19,11 @@ use pcow_protocol::wire::{
 };
 use pcow_protocol::{Error, ErrorKind, Result};
 
+use crate::control::events::{Event, Events};
 use crate::disk::Disk;
 use crate::endpoint::peer_process;
 use crate::occupancy::Occupancy;
-use crate::service::{Budgets, FaultService, GiveBack, Peer};
+use crate::service::{Budgets, FaultService, Handle, Peer};
 use crate::service_manager;
 
 /// How long a frontend may take for one step of the handshake.
@@ -39,8 +40,10 @@ pub struct Offer {
     pub uffd_device: Option<OwnedFd>,
     /// The one place for a frontend.
     pub place: Occupancy,
-    /// What the attached frontend may have only read, to be given back before the end.
-    pub give_back: Mutex<GiveBack>,
+    /// The service of the attached frontend, if there is one.
+    pub session: Mutex<Handle>,
+    /// Who wants to hear what happens.
+    pub events: Arc<Events>,
     /// The process ends, and has flushed.
     pub ending: AtomicBool,
 }
@@ -102,13 +105,27 @@ impl Offer {
         Status::from_errno(refused.0)
     }
 
-    /// Gives back what the attached frontend, if there is one, has only read.
+    /// Gives back what the attached frontend, if there is one, has only read. Its session does not end meanwhile.
     pub fn give_back(&self, deadline: Instant) {
+        self.session().give_back(deadline);
+    }
+
+    /// The service of the attached frontend.
+    pub fn session(&self) -> MutexGuard<'_, Handle> {
         // It is replaced as a whole.
-        let give_back = self.give_back.lock();
-        give_back
-            .unwrap_or_else(PoisonError::into_inner)
-            .run(deadline);
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes everything stored so far durable; a failure is logged and told.
+    ///
+    /// # Errors
+    /// `FlushFailed`, and then always.
+    pub fn flush(&self) -> pcow_format::Result<()> {
+        self.disk.flush().inspect_err(|e| {
+            let reason = chain(e);
+            log::error!("{reason}");
+            self.events.tell(&Event::FlushFailed { reason });
+        })
     }
 }
 
@@ -139,10 +156,7 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
     }
     if let Some(service) = service {
         // Waits for a give-back that the end of the process has begun.
-        *offer
-            .give_back
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = GiveBack::default();
+        *offer.session() = Handle::default();
         let stopped = service.stop();
         stopped.give_back();
         stopped.report();
@@ -152,6 +166,7 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         detach(offer);
         log::info!("frontend detached");
         service_manager::status("waiting for a virtual machine");
+        offer.events.tell(&Event::FrontendDetached);
     }
     if let Err(e) = end {
         log::warn!("connection ended: {}", chain(&e));
@@ -159,10 +174,9 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
 }
 
 fn detach(offer: &Offer) {
-    if !offer.ending.load(Ordering::SeqCst)
-        && let Err(e) = offer.disk.flush()
-    {
-        log::error!("flush at detach: {}", chain(&e));
+    if !offer.ending.load(Ordering::SeqCst) {
+        // What fails is told there.
+        let _ = offer.flush();
     }
     if let Err(e) = offer.disk.give_back() {
         log::warn!("{}", chain(&e));
@@ -221,13 +235,8 @@ impl Connection<'_> {
             // Nothing of this session was asked to quiesce: a late one.
             BackendAction::Quiesced(_, reply) => reply.map_or(Ok(()), |r| self.reply(&r)),
             BackendAction::Flush => {
-                let status = self.offer.disk.flush().map_or_else(
-                    |e| {
-                        log::error!("{}", chain(&e));
-                        Status::from_errno(libc::EIO)
-                    },
-                    |()| Status::OK,
-                );
+                let flushed = self.offer.flush();
+                let status = flushed.map_or(Status::from_errno(libc::EIO), |()| Status::OK);
                 self.reply(&FrontendReply::Status(FrontendCode::Flush, status))
             }
         }
@@ -255,12 +264,10 @@ impl Connection<'_> {
                     fault_fd.mapping_limit
                 );
                 service_manager::status("serving a virtual machine");
-                *self
-                    .offer
-                    .give_back
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = service.give_back();
+                *self.offer.session() = service.handle();
                 self.service = Some(service);
+                let process = peer_process(self.codec.stream());
+                self.offer.events.tell(&Event::FrontendAttached { process });
                 Status::OK
             }
             Err(e) => {
@@ -288,7 +295,9 @@ impl Connection<'_> {
             bounce: self.session.has(FEATURE_BOUNCE),
             process: peer_process(self.codec.stream()),
         };
-        FaultService::start(Arc::clone(&self.offer.disk), peer, self.offer.budgets)
+        let disk = Arc::clone(&self.offer.disk);
+        let events = Arc::clone(&self.offer.events);
+        FaultService::start(disk, peer, self.offer.budgets, events)
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod cli;
 mod connection;
+mod control;
 mod disk;
 mod endpoint;
 mod failure;
@@ -30,11 +31,13 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use cli::Cli;
 use connection::Offer;
+use control::Control;
+use control::commands::Operator;
 use disk::{Disk, ReadOnlyDisk, WritableDisk};
 use endpoint::{Endpoint, Place};
 use failure::{EXIT_USAGE, Failure};
 use occupancy::Occupancy;
-use server::Server;
+use server::{Quit, Server};
 use service::Budgets;
 use signals::Signals;
 
@@ -86,23 +89,33 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     if cli.takeover {
         takeover::take_over(image, &cli.base_dir)?;
     }
-    let disk = open(image, cli)?;
+    let served = open(image, cli)?;
     let endpoint = place.open()?;
-    let offer = Offer {
-        disk,
+    let quit = Arc::new(Quit::new()?);
+    let offer = Arc::new(Offer {
+        disk: served.disk(),
         budgets: Budgets {
             cache_bytes: cli.cache_size,
             mappings: cli.max_mappings,
         },
         uffd_device: open_uffd_device(),
         place: Occupancy::default(),
-        give_back: std::sync::Mutex::default(),
+        session: std::sync::Mutex::default(),
+        events: Arc::default(),
         ending: std::sync::atomic::AtomicBool::default(),
+    });
+    // Ends before the image is let go of, after the last session.
+    let _control = match &served {
+        Served::ReadOnly(_) => None,
+        Served::ForWriting(disk) => {
+            let operator = Operator::new(Arc::clone(&offer), Arc::clone(disk), Arc::clone(&quit));
+            control(image, cli, operator)?
+        }
     };
     let flush_interval = cli
         .flush_interval()
         .filter(|_| !offer.disk.read_only() && !offer.disk.is_dax());
-    let server = Server::new(offer, flush_interval);
+    let server = Server::new(offer, quit, flush_interval);
     service_manager::ready();
     let result = server.run(&endpoint, &signals);
     if let Endpoint::Listening(_, Some(path)) = &endpoint {
@@ -114,13 +127,45 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     result
 }
 
-fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
+/// What is served.
+enum Served {
+    ReadOnly(Arc<ReadOnlyDisk>),
+    ForWriting(Arc<WritableDisk>),
+}
+
+impl Served {
+    fn disk(&self) -> Arc<dyn Disk> {
+        match self {
+            Self::ReadOnly(disk) => Arc::clone(disk) as Arc<dyn Disk>,
+            Self::ForWriting(disk) => Arc::clone(disk) as Arc<dyn Disk>,
+        }
+    }
+}
+
+/// Opens the control socket. In its usual place it may be missing: a full filesystem keeps nobody from being served.
+fn control(image: &Path, cli: &Cli, operator: Operator) -> Result<Option<Control>, Failure> {
+    let access = if cli.control_for_group {
+        control::Access::Group
+    } else {
+        control::Access::Owner
+    };
+    match control::Socket::bind(image, cli.control.as_deref(), access) {
+        Ok(socket) => Control::start(socket, operator).map(Some),
+        Err(failure) if cli.control.is_none() => {
+            log::warn!("no control socket: {failure}");
+            Ok(None)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+fn open(path: &Path, cli: &Cli) -> Result<Served, Failure> {
     if cli.read_only {
         let lock = Stored::open(path, &cli.base_dir)?.lock_shared()?;
         // Again: what was read before the lock may have changed since.
         let disk = ReadOnlyDisk::new(&Stored::open(path, &cli.base_dir)?, lock)?;
         announce(path, &disk);
-        return Ok(Arc::new(disk));
+        return Ok(Served::ReadOnly(Arc::new(disk)));
     }
     let image = Image::open_to_serve(path, &cli.base_dir)?;
     let discarded = image.recovery().discarded_clusters;
@@ -139,7 +184,7 @@ fn open(path: &Path, cli: &Cli) -> Result<Arc<dyn Disk>, Failure> {
     }
     let disk = WritableDisk::new(image);
     announce(path, &disk);
-    Ok(Arc::new(disk))
+    Ok(Served::ForWriting(Arc::new(disk)))
 }
 
 fn announce(path: &Path, disk: &dyn Disk) {
@@ -162,8 +207,8 @@ fn announce(path: &Path, disk: &dyn Disk) {
             "page cache: a crash of a process loses nothing; a power failure loses what was not flushed, \
              and flushes of a guest through nvdimm do not reach the disk"
         );
-        let file = disk.file(disk::FileKey::Active).as_real();
-        if let Some(hindrance) = file.and_then(Hindrance::of) {
+        let file = disk.file(disk::FileKey::Active);
+        if let Some(hindrance) = file.as_real().and_then(Hindrance::of) {
             let advice = hindrance
                 .advice()
                 .map_or(String::new(), |a| format!("; {a}"));
@@ -175,7 +220,8 @@ fn announce(path: &Path, disk: &dyn Disk) {
 /// Whether the data file lies on btrfs, bcachefs or ZFS (their superblock magics).
 fn copies_on_write(disk: &dyn Disk) -> bool {
     const MAGICS: [i128; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
-    let file = disk.file(disk::FileKey::Active).as_real();
+    let file = disk.file(disk::FileKey::Active);
+    let file = file.as_real();
     file.and_then(|f| rustix::fs::fstatfs(f).ok())
         .is_some_and(|s| MAGICS.contains(&(i128::from(s.f_type) & 0xffff_ffff)))
 }

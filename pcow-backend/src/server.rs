@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon: accepts frontends, flushes at intervals, ends cleanly.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use crate::connection::{self, Offer, chain};
@@ -30,19 +31,43 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
+/// The wish that the daemon ends.
+#[derive(Debug)]
+pub struct Quit(OwnedFd);
+
+impl Quit {
+    /// Nobody wishes it yet.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn new() -> Result<Self, Failure> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC);
+        fd.map(Self)
+            .map_err(|e| Failure::new("cannot create an eventfd").caused_by(&e))
+    }
+
+    /// Asks for the end.
+    pub fn ask(&self) {
+        // The counter cannot overflow.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+}
+
 /// The daemon.
 #[derive(Debug)]
 pub struct Server {
     offer: Arc<Offer>,
+    quit: Arc<Quit>,
     flush_interval: Option<Duration>,
     running: Mutex<Vec<Running>>,
 }
 
 impl Server {
-    /// A daemon for `offer`.
-    pub fn new(offer: Offer, flush_interval: Option<Duration>) -> Self {
+    /// A daemon for `offer`, until `quit` is asked for.
+    pub fn new(offer: Arc<Offer>, quit: Arc<Quit>, flush_interval: Option<Duration>) -> Self {
         Self {
-            offer: Arc::new(offer),
+            offer,
+            quit,
             flush_interval,
             running: Mutex::default(),
         }
@@ -66,9 +91,10 @@ impl Server {
     fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
         let mut next_flush = self.flush_interval.map(|i| Instant::now() + i);
         loop {
-            let woken = wait(endpoint, signals, next_flush)?;
-            if woken.signal {
-                log::info!("{}: ending", signals.take());
+            let woken = wait(endpoint, signals, &self.quit, next_flush)?;
+            if woken.signal || woken.quit {
+                let why = if woken.signal { signals.take() } else { "quit" };
+                log::info!("{why}: ending");
                 service_manager::stopping();
                 if self.offer.place.is_attached() {
                     log::warn!(
@@ -135,9 +161,8 @@ impl Server {
         if !self.offer.place.is_attached() {
             return;
         }
-        if let Err(e) = self.offer.disk.flush() {
-            log::error!("{}", chain(&e));
-        }
+        // What fails is told there.
+        let _ = self.offer.flush();
     }
 
     /// Makes everything durable, then ends all sessions. In this order, since a guest pauses from the end of its session to
@@ -145,7 +170,7 @@ impl Server {
     /// it; a guest goes on storing to what it has mapped anyway, so no flush at the very end would be the last.
     fn finish(&self) -> Result<(), Failure> {
         self.offer.give_back(Instant::now() + GIVE_BACK);
-        let flushed = self.offer.disk.flush();
+        let flushed = self.offer.flush();
         self.offer.ending.store(true, Ordering::SeqCst);
         for running in self.lock().drain(..) {
             // It may have ended by itself.
@@ -166,12 +191,14 @@ impl Server {
 struct Woken {
     listener: bool,
     signal: bool,
+    quit: bool,
 }
 
 /// Waits for a connection, a signal, or the time to flush. Ended connections are noticed at least once a second.
 fn wait(
     endpoint: &Endpoint,
     signals: &Signals,
+    quit: &Quit,
     next_flush: Option<Instant>,
 ) -> Result<Woken, Failure> {
     let patience = next_flush.map_or(Duration::from_secs(1), |t| {
@@ -179,7 +206,8 @@ fn wait(
             .min(Duration::from_secs(1))
     });
     let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
-    let mut fds = vec![signal];
+    let quit = PollFd::from_borrowed_fd(quit.0.as_fd(), PollFlags::IN);
+    let mut fds = vec![signal, quit];
     if let Some(listener) = endpoint.listener_fd() {
         fds.push(PollFd::from_borrowed_fd(listener, PollFlags::IN));
     }
@@ -189,6 +217,7 @@ fn wait(
     }
     Ok(Woken {
         signal: !fds[0].revents().is_empty(),
-        listener: fds.get(1).is_some_and(|f| !f.revents().is_empty()),
+        quit: !fds[1].revents().is_empty(),
+        listener: fds.get(2).is_some_and(|f| !f.revents().is_empty()),
     })
 }

@@ -99,6 +99,11 @@ impl Active {
         self.data.as_ref()
     }
 
+    /// As [`Active::data_file`], to be kept for a moment: sealing the layer proves that nobody has it open for writing.
+    pub fn share_data_file(&self) -> Arc<dyn File> {
+        Arc::clone(&self.data)
+    }
+
     /// State of one cluster.
     ///
     /// # Errors

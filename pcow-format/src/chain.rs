@@ -177,6 +177,14 @@ impl Chain {
         self.layers[depth].data()
     }
 
+    /// As [`Chain::data_file`], to be kept.
+    pub fn share_data_file(&self, depth: usize) -> Arc<dyn File> {
+        match &self.layers[depth].content {
+            Content::Pcow { data, .. } => Arc::clone(data),
+            Content::Raw { file, .. } => Arc::clone(file),
+        }
+    }
+
     /// How many bytes of the data file at `depth` exist for mapping.
     pub fn data_bytes(&self, depth: usize) -> u64 {
         match &self.layers[depth].content {

@@ -213,7 +213,7 @@ pub struct Image {
     pub(crate) active: Active,
     pub(crate) below: Chain,
     recovery: Recovery,
-    lock: Option<ImageLock>,
+    lock: Option<Arc<ImageLock>>,
 }
 
 impl Image {
@@ -271,7 +271,7 @@ impl Image {
             active,
             below,
             recovery,
-            lock,
+            lock: lock.map(Arc::new),
         })
     }
 
@@ -292,7 +292,12 @@ impl Image {
 
     /// The lock, to be shared with a frontend; `None` on a medium without locks.
     pub fn lock(&self) -> Option<&ImageLock> {
-        self.lock.as_ref()
+        self.lock.as_deref()
+    }
+
+    /// As [`Image::lock`], to be kept beside the image: it is held until both are gone.
+    pub fn share_lock(&self) -> Option<Arc<ImageLock>> {
+        self.lock.clone()
     }
 
     /// The active layer.

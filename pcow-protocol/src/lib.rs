@@ -24,6 +24,7 @@
 //! | [`session`] | what is allowed when, as state machines without input or output |
 //! | [`uffd`] | the kernel's userfaultfd |
 //! | [`frontend`] | guest memory for a virtual machine monitor |
+//! | [`control`] | a client of a backend's control socket |
 //!
 //! # A virtual machine monitor
 //!
@@ -52,6 +53,7 @@
 #![deny(unsafe_code)]
 
 pub mod codec;
+pub mod control;
 mod error;
 pub mod frontend;
 pub mod message;

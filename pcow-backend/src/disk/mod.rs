@@ -8,6 +8,7 @@ mod writable;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use pcow_format::medium::File;
 use pcow_format::{HandedBack, Result};
@@ -100,8 +101,8 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// `Io` or `Corrupt`.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
-    /// The file behind a key.
-    fn file(&self, key: FileKey) -> &dyn File;
+    /// The file behind a key. Not to be kept: a snapshot proves that nobody has it open for writing.
+    fn file(&self, key: FileKey) -> Arc<dyn File>;
     /// How many bytes of that file may be mapped, a multiple of the page size.
     fn mappable_bytes(&self, key: FileKey) -> u64;
     /// Prepares storage ahead of the guest, for the clusters of `bytes` that need some. `claim` covers them.

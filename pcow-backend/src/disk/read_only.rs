@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use pcow_format::chain::{Chain, Owner};
 use pcow_format::medium::{Domain, File};
@@ -134,10 +135,10 @@ impl Disk for ReadOnlyDisk {
         self.chain.read(offset, buf)
     }
 
-    fn file(&self, key: FileKey) -> &dyn File {
+    fn file(&self, key: FileKey) -> Arc<dyn File> {
         match key {
-            FileKey::Active => self.chain.data_file(0),
-            FileKey::Layer(depth) => self.chain.data_file(depth),
+            FileKey::Active => self.chain.share_data_file(0),
+            FileKey::Layer(depth) => self.chain.share_data_file(depth),
         }
     }
 

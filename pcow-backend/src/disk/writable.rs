@@ -3,11 +3,13 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use pcow_format::medium::{Domain, File};
-use pcow_format::root::{Kind, Layer};
-use pcow_format::{Cluster, ClusterRange, ClusterSize, HandedBack, Image, Result, Source};
+use pcow_format::root::{Kind, Layer, Root};
+use pcow_format::{
+    Cluster, ClusterRange, ClusterSize, HandedBack, Image, ImageLock, Result, Source,
+};
 use uuid::Uuid;
 
 use super::maybe_clean::MaybeClean;
@@ -27,10 +29,16 @@ const BLOCK_BYTES: u64 = 2 << 20;
 /// Clusters that hold what they cover are looked for in pieces of this size.
 const CLEAN_BYTES: u64 = 2 << 20;
 
-/// The image.
+/// The image, and what of it never changes while it is served: who reads events must not wait for the rest (F4).
 #[derive(Debug)]
 pub struct WritableDisk {
-    image: Image,
+    /// Written only to switch to another layer, while nothing is resolved.
+    image: RwLock<Image>,
+    uuid: Uuid,
+    size: u64,
+    cluster: ClusterSize,
+    domain: Domain,
+    lock: Option<Arc<ImageLock>>,
     maybe_clean: Mutex<MaybeClean>,
 }
 
@@ -38,18 +46,42 @@ impl WritableDisk {
     /// Serves `image`.
     pub fn new(image: Image) -> Self {
         Self {
-            image,
+            uuid: image.root().uuid,
+            size: image.virtual_size().bytes(),
+            cluster: image.cluster_size(),
+            domain: image.domain(),
+            lock: image.share_lock(),
+            image: RwLock::new(image),
             maybe_clean: Mutex::default(),
         }
     }
 
+    /// UUID of the image.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// What makes stores durable.
+    pub fn domain(&self) -> Domain {
+        self.domain
+    }
+
+    /// The root as it was last committed.
+    pub fn root(&self) -> Root {
+        self.image().root().clone()
+    }
+
+    fn image(&self) -> RwLockReadGuard<'_, Image> {
+        // A panic in a resolver leaves the image whole: each change of a cluster is one word.
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn cluster_size(&self) -> ClusterSize {
-        self.image.cluster_size()
+        self.cluster
     }
 
     fn cluster_count(&self) -> u64 {
-        self.cluster_size()
-            .clusters_in(self.image.virtual_size().bytes())
+        self.cluster.clusters_in(self.size)
     }
 
     /// `claim` grown over `run` as far as nobody else is at work there, in clusters.
@@ -58,20 +90,20 @@ impl WritableDisk {
         self.cluster_size().covering(&claimed)
     }
 
-    fn map_data(&self, cluster: Cluster, claim: &mut Claim) -> Result<Answer> {
+    fn map_data(&self, image: &Image, cluster: Cluster, claim: &mut Claim) -> Result<Answer> {
         let reach = (RUN_BYTES >> self.cluster_size().bits()).clamp(1, RUN_CLUSTERS);
         // Whole blocks: one of which a part is mapped and touched gets no huge page, not even if it is mapped whole later.
         let first = self.block_around(Cluster(cluster.0.saturating_sub(reach)));
         let last = self.block_around(Cluster(cluster.0 + reach));
         let bounds = ClusterRange::new(first.start, last.end.min(self.cluster_count()));
-        let run = self.image.active().data_run(cluster, bounds)?;
+        let run = image.active().data_run(cluster, bounds)?;
         let run = self.claim_run(claim, run);
         // Again, now that nobody else is at work there: what was only read may have been given back in between (F1).
-        let mut run = self.image.active().data_run(cluster, run)?;
-        if !self.image.active().has_storage(run) {
+        let mut run = image.active().data_run(cluster, run)?;
+        if !image.active().has_storage(run) {
             let block = self.block_around(cluster);
             run = ClusterRange::new(run.start.max(block.start), run.end.min(block.end));
-            self.image.active().ensure_storage(run)?;
+            image.active().ensure_storage(run)?;
         }
         Ok(self.mapping(run, false))
     }
@@ -83,9 +115,9 @@ impl WritableDisk {
     }
 
     /// The clusters of the allocation unit around `cluster` that can be allocated with it.
-    fn allocatable(&self, cluster: Cluster) -> Result<ClusterRange> {
-        let unit = self.image.allocation_run(cluster);
-        let sources = self.image.sources(unit)?;
+    fn allocatable(image: &Image, cluster: Cluster) -> Result<ClusterRange> {
+        let unit = image.allocation_run(cluster);
+        let sources = image.sources(unit)?;
         let free = |c: &Cluster| {
             usize::try_from(c.0 - unit.start).is_ok_and(|i| sources[i] == Source::Nobody)
         };
@@ -103,18 +135,18 @@ impl WritableDisk {
 
     fn make_writable(
         &self,
-        cluster: Cluster,
-        source: Source,
+        image: &Image,
+        (cluster, source): (Cluster, Source),
         claim: &mut Claim,
         scratch: &mut Scratch,
     ) -> Result<Answer> {
         let run = if source == Source::Nobody {
-            let run = self.allocatable(cluster)?;
+            let run = Self::allocatable(image, cluster)?;
             self.claim_run(claim, run)
         } else {
             cluster.only()
         };
-        self.image.make_writable(run, &mut scratch.layer)?;
+        image.make_writable(run, &mut scratch.layer)?;
         Ok(self.mapping(run, true))
     }
 
@@ -136,7 +168,7 @@ impl WritableDisk {
 
 impl Disk for WritableDisk {
     fn size(&self) -> u64 {
-        self.image.virtual_size().bytes()
+        self.size
     }
 
     fn unit(&self) -> u64 {
@@ -148,20 +180,21 @@ impl Disk for WritableDisk {
     }
 
     fn is_dax(&self) -> bool {
-        self.image.domain() == Domain::Dax
+        self.domain == Domain::Dax
     }
 
     fn identity(&self) -> ([u8; 16], [u8; 16]) {
-        let root = self.image.root();
-        (root.uuid.into_bytes(), root.active.into_bytes())
+        let active = self.image().root().active;
+        (self.uuid.into_bytes(), active.into_bytes())
     }
 
     fn lock(&self) -> Option<&std::fs::File> {
-        self.image.lock().and_then(pcow_format::ImageLock::in_use)
+        self.lock.as_deref().and_then(ImageLock::in_use)
     }
 
     fn continues(&self, layer: [u8; 16]) -> bool {
-        let root = self.image.root();
+        let image = self.image();
+        let root = image.root();
         let layer = Uuid::from_bytes(layer);
         // The parent: the backend before this one has sealed it, and died before it could tell. Whatever else changes the
         // tree needs the lock that the frontend has kept.
@@ -174,7 +207,7 @@ impl Disk for WritableDisk {
     }
 
     fn hand_back(&self, kept: OwnedFd) -> Result<Option<HandedBack>> {
-        let lock = self.image.lock();
+        let lock = self.lock.as_deref();
         lock.map(|lock| lock.hand_back(kept)).transpose()
     }
 
@@ -191,9 +224,12 @@ impl Disk for WritableDisk {
         scratch: &mut Scratch,
     ) -> Result<Answer> {
         let cluster = self.cluster_size().cluster_at(offset);
-        match (self.image.source(cluster)?, access) {
-            (Source::Active, _) => self.map_data(cluster, claim),
-            (source, Access::Write) => self.make_writable(cluster, source, claim, scratch),
+        let image = self.image();
+        match (image.source(cluster)?, access) {
+            (Source::Active, _) => self.map_data(&image, cluster, claim),
+            (source, Access::Write) => {
+                self.make_writable(&image, (cluster, source), claim, scratch)
+            }
             (_, Access::Read) => {
                 let start = offset / self.unit() * self.unit();
                 Ok(Answer::Copy(start..start + self.unit()))
@@ -202,11 +238,11 @@ impl Disk for WritableDisk {
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.image.read(offset, buf)
+        self.image().read(offset, buf)
     }
 
-    fn file(&self, _: FileKey) -> &dyn File {
-        self.image.active().data_file()
+    fn file(&self, _: FileKey) -> Arc<dyn File> {
+        self.image().active().share_data_file()
     }
 
     fn mappable_bytes(&self, _: FileKey) -> u64 {
@@ -216,10 +252,11 @@ impl Disk for WritableDisk {
     fn prepare(&self, bytes: Range<u64>) -> Result<()> {
         let run = self.cluster_size().covering(&bytes);
         let mut start = run.start;
-        for group in self.image.sources(run)?.chunk_by(|a, b| a == b) {
+        let image = self.image();
+        for group in image.sources(run)?.chunk_by(|a, b| a == b) {
             let end = start + u64::try_from(group.len()).unwrap_or(u64::MAX);
             if group[0] == Source::Nobody {
-                self.image.active().prepare(ClusterRange::new(start, end))?;
+                image.active().prepare(ClusterRange::new(start, end))?;
             }
             start = end;
         }
@@ -227,7 +264,7 @@ impl Disk for WritableDisk {
     }
 
     fn give_back(&self) -> Result<()> {
-        self.image.active().give_back_prepared()
+        self.image().active().give_back_prepared()
     }
 
     fn note_maybe_clean(&self, bytes: &Range<u64>) {
@@ -248,11 +285,11 @@ impl Disk for WritableDisk {
 
     fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64> {
         let run = self.cluster_size().covering(&bytes);
-        let clusters = self.image.give_back_clean(run)?;
+        let clusters = self.image().give_back_clean(run)?;
         Ok(clusters << self.cluster_size().bits())
     }
 
     fn flush(&self) -> Result<()> {
-        self.image.flush()
+        self.image().flush()
     }
 }

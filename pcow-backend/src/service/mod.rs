@@ -12,6 +12,7 @@
 pub mod board;
 mod bounces;
 mod channel;
+mod handle;
 mod leader;
 mod mappings;
 mod origin;
@@ -22,7 +23,7 @@ mod resolver;
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,10 +31,12 @@ use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::FaultFd;
 use pcow_protocol::{Error, ErrorKind, Result};
 
+use crate::control::events::Events;
 use crate::disk::{Disk, FileKey};
 use board::{Board, Touch};
 use bounces::Bounces;
 use channel::Channel;
+pub use handle::{Figures, Handle};
 use leader::Leader;
 use origin::Origins;
 use preparer::Preparer;
@@ -120,7 +123,10 @@ struct Shared {
     reclaimer: Reclaimer,
     preparer: Preparer,
     /// Why the session ended, if not by the frontend's own wish.
-    failure: OnceLock<Error>,
+    failure: Mutex<Option<Error>>,
+    /// The frontend's process; 0 if it cannot be seen.
+    process: u32,
+    events: Arc<Events>,
     /// The main channel, shut down when the backend channel ends first.
     main: UnixStream,
 }
@@ -130,7 +136,7 @@ impl Shared {
     fn end(&self, failure: Option<Error>) {
         if let Some(failure) = failure {
             // The first reason counts.
-            let _ = self.failure.set(failure);
+            self.failure().get_or_insert(failure);
         }
         self.board.stop();
         self.channel.end();
@@ -139,6 +145,11 @@ impl Shared {
         self.reclaimer.stop();
         // It may be closed already, which is the wanted state.
         let _ = self.main.shutdown(std::net::Shutdown::Both);
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<Error>> {
+        // It is set as a whole.
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn origins(&self) -> MutexGuard<'_, Origins> {
@@ -179,11 +190,16 @@ pub struct FaultService {
 }
 
 impl FaultService {
-    /// Starts to serve `disk` to `peer`.
+    /// Starts to serve `disk` to `peer`; what operators should know is told to `events`.
     ///
     /// # Errors
     /// The frontend refused the disk's file, or there is no thread or descriptor left.
-    pub fn start(disk: Arc<dyn Disk>, peer: Peer, budgets: Budgets) -> Result<Self> {
+    pub fn start(
+        disk: Arc<dyn Disk>,
+        peer: Peer,
+        budgets: Budgets,
+        events: Arc<Events>,
+    ) -> Result<Self> {
         let allowed = peer.fault_fd.mapping_limit;
         let limit = budgets.mappings.map_or(allowed, |m| m.min(allowed));
         let board = Board::new(disk.unit());
@@ -201,7 +217,9 @@ impl FaultService {
             uffd: peer.uffd,
             disk,
             counters: Counters::default(),
-            failure: OnceLock::new(),
+            failure: Mutex::default(),
+            process: peer.process,
+            events,
             main: peer.main,
         });
         let leader = Leader::new(Arc::clone(&shared))?;
@@ -250,9 +268,9 @@ impl FaultService {
         Ok(())
     }
 
-    /// A way to give back what was only read, for as long as the service runs.
-    pub fn give_back(&self) -> GiveBack {
-        GiveBack(Arc::downgrade(&self.shared))
+    /// A way to reach the service, for as long as it runs.
+    pub fn handle(&self) -> Handle {
+        Handle::new(&self.shared)
     }
 
     /// Ends the service and waits for its threads.
@@ -353,23 +371,7 @@ impl Stopped {
 
     /// Why the session ended, if not by the frontend's own wish.
     pub fn into_failure(self) -> Option<Error> {
-        Arc::into_inner(self.0).and_then(|shared| shared.failure.into_inner())
-    }
-}
-
-/// See [`FaultService::give_back`].
-#[derive(Debug, Default)]
-pub struct GiveBack(Weak<Shared>);
-
-impl GiveBack {
-    /// Gives back what was only read, until `deadline`.
-    pub fn run(&self, deadline: Instant) {
-        let Some(shared) = self.0.upgrade() else {
-            return;
-        };
-        if let Err(e) = reclaim::give_back_mapped(&shared, deadline) {
-            log::warn!("cannot give back what was only read: {e}");
-        }
+        self.0.failure().take()
     }
 }
 

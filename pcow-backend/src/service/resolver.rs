@@ -13,6 +13,7 @@ use super::bounces::PAGE_BYTES;
 use super::channel::Mapped;
 use super::leader::Leader;
 use super::{Counters, Shared};
+use crate::control::events::Event;
 use crate::disk::{Access, Answer, FileKey, Scratch};
 
 /// How many runs may be found busy before the budget is overdrawn by one.
@@ -285,6 +286,10 @@ impl Resolver<'_> {
                 "the guest waits at offset {:#x}: {error}{cause}{advice}",
                 self.fault.offset
             );
+            s.events.tell(&Event::GuestWaits {
+                no_space: error.kind() == pcow_format::ErrorKind::NoSpace,
+                reason: format!("{error}{cause}"),
+            });
         }
         if error.kind() == pcow_format::ErrorKind::NoSpace {
             s.reclaimer.request();
@@ -295,6 +300,7 @@ impl Resolver<'_> {
 
     fn resolved(&self) {
         if self.shared.board.recovered(self.fault.offset) {
+            self.shared.events.tell(&Event::GuestGoesOn);
             log::warn!(
                 "the guest goes on: what it waited for at offset {:#x} is there",
                 self.fault.offset

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The commands of the control socket. `docs/control.md` describes each, and a test runs what it shows.
+
+use std::sync::Arc;
+
+use pcow_format::medium::Domain;
+use pcow_format::root::{Kind, Root};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::events::Events;
+use super::request::{Arguments, Refusal, Request};
+use crate::connection::{Offer, chain};
+use crate::disk::WritableDisk;
+use crate::server::Quit;
+use crate::service::Figures;
+
+type Answer = Result<Value, Refusal>;
+
+/// A command: its name, and what carries it out.
+type Command = (&'static str, fn(&Operator, Arguments) -> Answer);
+
+/// All commands, in the order in which they are listed.
+const COMMANDS: &[Command] = &[
+    ("query-commands", |_, arguments| {
+        arguments.finish()?;
+        let entry = |(name, _): &Command| json!({ "name": name });
+        Ok(COMMANDS.iter().map(entry).collect())
+    }),
+    ("query-status", Operator::query_status),
+    ("query-layers", Operator::query_layers),
+    ("query-stats", Operator::query_stats),
+    ("flush", Operator::flush),
+    ("quit", |_, arguments| {
+        arguments.finish().map(|()| json!({}))
+    }),
+];
+
+/// Carries out what operators order.
+#[derive(Debug)]
+pub struct Operator {
+    offer: Arc<Offer>,
+    disk: Arc<WritableDisk>,
+    quit: Arc<Quit>,
+}
+
+impl Operator {
+    /// For the image behind `disk`, which is served through `offer`.
+    pub fn new(offer: Arc<Offer>, disk: Arc<WritableDisk>, quit: Arc<Quit>) -> Self {
+        Self { offer, disk, quit }
+    }
+
+    /// UUID of the image.
+    pub fn image_uuid(&self) -> Uuid {
+        self.disk.uuid()
+    }
+
+    /// Who wants to hear what happens.
+    pub fn events(&self) -> &Events {
+        &self.offer.events
+    }
+
+    /// Carries out a command of `peer`'s.
+    ///
+    /// # Errors
+    /// What the client is told.
+    pub fn execute(&self, request: Request, peer: &str) -> Answer {
+        let known = COMMANDS.iter().find(|(name, _)| *name == request.command);
+        let Some((name, run)) = known else {
+            let name = request.command.escape_debug();
+            let what = format!("the command {name} has not been found");
+            return Err(Refusal::not_found(what));
+        };
+        if !name.starts_with("query-") {
+            log::info!("control: {peer}: {name}");
+        }
+        run(self, request.arguments)
+    }
+
+    /// What follows once the answer to `command` is on its way.
+    pub fn answered(&self, command: &str) {
+        if command == "quit" {
+            self.quit.ask();
+        }
+    }
+
+    fn query_status(&self, arguments: Arguments) -> Answer {
+        arguments.finish()?;
+        let root = self.disk.root();
+        let active = root.active_layer().map_err(refusal)?;
+        let dax = self.disk.domain() == Domain::Dax;
+        let figures = self.offer.session().figures();
+        Ok(json!({
+            "process": std::process::id(),
+            "image": root.uuid,
+            "active": root.active,
+            "virtual-size": active.virtual_size,
+            "cluster-size": active.cluster_size,
+            "allocation-unit": root.allocation_unit,
+            "persistence-domain": self.disk.domain().name(),
+            "guest-flush-is-durable": dax,
+            "frontend": figures.map(|f| json!({ "process": f.process, "waiting": f.waiting > 0 })),
+        }))
+    }
+
+    fn query_layers(&self, arguments: Arguments) -> Answer {
+        arguments.finish()?;
+        let root = self.disk.root();
+        Ok(root.layers.iter().map(|l| layer(&root, l)).collect())
+    }
+
+    fn query_stats(&self, arguments: Arguments) -> Answer {
+        arguments.finish()?;
+        // Out of the lock: what the figures need may be busy.
+        let session = self.offer.session().clone();
+        Ok(json!({ "session": session.figures().as_ref().map(session_stats) }))
+    }
+
+    fn flush(&self, arguments: Arguments) -> Answer {
+        arguments.finish()?;
+        self.offer.flush().map_err(refusal)?;
+        Ok(json!({}))
+    }
+}
+
+fn refusal(error: pcow_format::Error) -> Refusal {
+    let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
+    Refusal::new(format!("{}{advice}", chain(&error)))
+}
+
+fn layer(root: &Root, layer: &pcow_format::root::Layer) -> Value {
+    let kind = match layer.kind {
+        Kind::Own => "own",
+        Kind::Reference { .. } => "reference",
+        Kind::Raw { .. } => "raw",
+    };
+    let snapshots = root.snapshots.iter().filter(|s| s.layer == layer.uuid);
+    json!({
+        "uuid": layer.uuid,
+        "parent": layer.parent,
+        "active": layer.uuid == root.active,
+        "kind": kind,
+        "virtual-size": layer.virtual_size,
+        "cluster-size": layer.cluster_size,
+        "map-checksum": layer.map_checksum,
+        "snapshots": snapshots.map(snapshot).collect::<Value>(),
+    })
+}
+
+fn snapshot(snapshot: &pcow_format::root::Snapshot) -> Value {
+    json!({ "number": snapshot.number, "name": snapshot.name, "time": snapshot.time })
+}
+
+fn session_stats(f: &Figures) -> Value {
+    json!({
+        "process": f.process,
+        "direction": f.direction.name(),
+        "loads": f.faults[0],
+        "stores": f.faults[1],
+        "unknown": f.faults[2],
+        "bounced": f.unknown[0],
+        "second": f.unknown[1],
+        "on-touch": f.unknown[2],
+        "maps": f.maps[0],
+        "unmaps": f.maps[1],
+        "mapped-runs": f.mapped_runs,
+        "read-copies": f.copies[0],
+        "evictions": f.copies[1],
+        "read-copy-bytes": f.copied_bytes,
+        "maybe-clean-bytes": f.clean_bytes[0],
+        "given-back-bytes": f.clean_bytes[1],
+        "waiting": f.waiting,
+    })
+}
