@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result, chain_text};
+use crate::layer_files;
 use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
 use crate::medium::{Domain, File, Hindrance, Site, read_exact_at};
 use crate::ready::Ready;
@@ -35,6 +36,8 @@ pub struct Active {
     cluster: ClusterSize,
     map: Arc<dyn File>,
     data: Arc<dyn File>,
+    /// Whether `data` is open for reading only, because the layer is about to be sealed.
+    closed_for_writing: bool,
     domain: Domain,
     /// Guards every read-modify-write of a word; holds the numbers of words that may have live clusters.
     live: Mutex<BTreeSet<u64>>,
@@ -70,6 +73,7 @@ impl Active {
             cluster,
             map,
             data,
+            closed_for_writing: false,
             domain,
             live: Mutex::default(),
             ready: Mutex::new(Ready::new(cluster.clusters_in(size.bytes()))),
@@ -102,6 +106,28 @@ impl Active {
     /// As [`Active::data_file`], to be kept for a moment: sealing the layer proves that nobody has it open for writing.
     pub fn share_data_file(&self) -> Arc<dyn File> {
         Arc::clone(&self.data)
+    }
+
+    /// Goes on with `reader`, the same file open for reading only: what was open for writing is closed.
+    pub(crate) fn close_for_writing(&mut self, reader: Arc<dyn File>) {
+        self.data = reader;
+        self.closed_for_writing = true;
+    }
+
+    /// Takes that back, with `writer`, the same file open for writing.
+    pub(crate) fn open_for_writing(&mut self, writer: Arc<dyn File>) {
+        self.data = writer;
+        self.closed_for_writing = false;
+    }
+
+    pub(crate) fn is_closed_for_writing(&self) -> bool {
+        self.closed_for_writing
+    }
+
+    /// The checksum of the map, for a layer that is about to be sealed.
+    pub(crate) fn map_checksum(&self) -> Result<String> {
+        layer_files::map_checksum(self.map.as_ref())
+            .context(|| format!("cannot read the map of layer {}", self.name))
     }
 
     /// State of one cluster.
@@ -364,6 +390,12 @@ impl Active {
             let what = format!("cannot flush layer {}", self.name);
             Error::new(ErrorKind::FlushFailed, what).caused_by(e)
         })
+    }
+
+    /// From now on no flush succeeds (I7); returns the error that says so.
+    pub(crate) fn fail_flushes(&self, cause: &Error) -> Error {
+        let refused = self.unless_failed(|| Err(Error::new(ErrorKind::Io, chain_text(cause))));
+        refused.expect_err("what fails is remembered")
     }
 
     /// Only words noted *before* the data was synced may become durable: a word that turns live during the

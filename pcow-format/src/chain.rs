@@ -141,7 +141,8 @@ struct Remembered {
 /// A stack of layers open for reading, the top one first. May be empty: then everything reads zero.
 #[derive(Debug)]
 pub struct Chain {
-    layers: Vec<Layer>,
+    /// Shared with the chains that lie on this one.
+    layers: Vec<Arc<Layer>>,
     /// How many bytes of each layer show through those above it.
     limits: Vec<u64>,
     granule: ClusterSize,
@@ -151,6 +152,17 @@ pub struct Chain {
 impl Chain {
     /// A chain of which `clip` bytes show; `finest` is the smallest unit in which it will be asked.
     pub(crate) fn new(layers: Vec<Layer>, clip: u64, finest: ClusterSize) -> Self {
+        Self::of(layers.into_iter().map(Arc::new).collect(), clip, finest)
+    }
+
+    /// `top` on the layers of `below`, without opening those again. Remembers nothing yet: what `below` remembers is not
+    /// what this chain shows.
+    pub(crate) fn stacked(top: Layer, below: &Self, clip: u64, finest: ClusterSize) -> Self {
+        let layers = std::iter::once(Arc::new(top)).chain(below.layers.iter().cloned());
+        Self::of(layers.collect(), clip, finest)
+    }
+
+    fn of(layers: Vec<Arc<Layer>>, clip: u64, finest: ClusterSize) -> Self {
         let mut visible = clip;
         let mut limits = Vec::with_capacity(layers.len());
         for layer in &layers {

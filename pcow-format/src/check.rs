@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::active::scan_words;
-use crate::error::{Error, ErrorKind, IoContext, Result};
+use crate::error::{ErrorKind, IoContext, Result, chain_text};
 use crate::image::{ROOT_PART, Stored};
 use crate::layer_files::{self, Pair};
 use crate::map::{CLUSTERS_PER_WORD, State};
@@ -173,15 +173,4 @@ fn check_leftovers(stored: &Stored, report: &mut Report) -> Result<()> {
             .push(format!("{name}: not part of the image, {bytes} bytes"));
     }
     Ok(())
-}
-
-/// An error and its causes in one line.
-fn chain_text(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(e) = cause {
-        text = format!("{text}: {e}");
-        cause = e.source();
-    }
-    text
 }

@@ -145,3 +145,14 @@ impl<T> IoContext<T> for io::Result<T> {
         })
     }
 }
+
+/// An error and its causes in one line.
+pub(crate) fn chain_text(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = StdError::source(error);
+    while let Some(e) = cause {
+        text = format!("{text}: {e}");
+        cause = e.source();
+    }
+    text
+}

@@ -88,6 +88,19 @@ impl Stored {
         &self.root
     }
 
+    pub(crate) fn root_mut(&mut self) -> &mut Root {
+        &mut self.root
+    }
+
+    /// The same image with another root.
+    pub(crate) fn with_root(&self, root: Root) -> Self {
+        Self {
+            dir: Arc::clone(&self.dir),
+            root,
+            env: self.env.clone(),
+        }
+    }
+
     /// The image's directory.
     pub fn directory(&self) -> &dyn Directory {
         self.dir.as_ref()
@@ -174,8 +187,18 @@ fn read_root(dir: &dyn Directory) -> Result<Root> {
     Root::decode(&text[..got])
 }
 
-/// Replaces the root: the new text is durable before it gets the name, the name before this returns (I4).
-pub(crate) fn write_root(dir: &dyn Directory, root: &Root) -> Result<()> {
+/// How far the replacement of a root came.
+#[derive(Debug)]
+pub(crate) enum Written {
+    /// It is durable.
+    Durable,
+    /// It is what everybody reads, but the sync of the directory failed.
+    Visible(Error),
+}
+
+/// Replaces the root: the new text is durable before it gets the name, the name before this returns (I4). After an error
+/// the old root is still there.
+pub(crate) fn replace_root(dir: &dyn Directory, root: &Root) -> Result<Written> {
     let context = || "cannot replace image.json".to_owned();
     let text = root.encode()?;
     match dir.unlink(Site("root.part.unlink"), ROOT_PART) {
@@ -190,7 +213,18 @@ pub(crate) fn write_root(dir: &dyn Directory, root: &Root) -> Result<()> {
     file.sync_data(Site("root.part.sync")).context(context)?;
     dir.rename(Site("root.rename"), ROOT_PART, ROOT_FILE)
         .context(context)?;
-    dir.sync(Site("root.dir.sync")).context(context)
+    Ok(match dir.sync(Site("root.dir.sync")).context(context) {
+        Ok(()) => Written::Durable,
+        Err(e) => Written::Visible(e),
+    })
+}
+
+/// As [`replace_root`], for who gives the image up after any error.
+pub(crate) fn write_root(dir: &dyn Directory, root: &Root) -> Result<()> {
+    match replace_root(dir, root)? {
+        Written::Durable => Ok(()),
+        Written::Visible(e) => Err(e),
+    }
 }
 
 /// Whose bytes a cluster of the disk shows.
@@ -487,13 +521,16 @@ impl Image {
         }
     }
 
+    /// No flush of the active layer succeeds from now on (I7); returns the error that says so.
+    pub(crate) fn fail_flushes(&self, cause: &Error) -> Error {
+        let error = self.active.fail_flushes(cause);
+        self.mark_failed_flush(&error);
+        error
+    }
+
     /// Makes `root` the image's root and goes on with what it names.
     pub(crate) fn commit(&mut self, root: Root) -> Result<()> {
-        let stored = Stored {
-            dir: Arc::clone(&self.stored.dir),
-            root,
-            env: self.stored.env.clone(),
-        };
+        let stored = self.stored.with_root(root);
         // First, so that what cannot be opened does not become the root while this goes on with the old layer.
         let (active, below, _) = open_stack(&stored)?;
         write_root(stored.dir.as_ref(), &stored.root)?;
@@ -560,6 +597,7 @@ impl Root {
             clip: size.bytes().min(parent.virtual_size),
             sealed: false,
             map_checksum: None,
+            proof: None,
             kind: Kind::Own,
         })
     }

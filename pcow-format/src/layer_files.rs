@@ -363,6 +363,11 @@ pub(crate) fn map_checksum(map: &dyn File) -> std::io::Result<String> {
     Ok(format!("crc32c-{sum:08x}"))
 }
 
+/// As [`map_checksum`], for the map of `layer`.
+pub(crate) fn map_sum(layer: Uuid, map: &dyn File) -> Result<String> {
+    map_checksum(map).context(|| format!("cannot read {}", map_name(layer)))
+}
+
 /// How the files of a layer came into another image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adopted {

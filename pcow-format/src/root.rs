@@ -83,8 +83,20 @@ pub struct Layer {
     pub sealed: bool,
     /// Checksum of the map file of a sealed layer.
     pub map_checksum: Option<String>,
+    /// How it was made sure that nobody writes to a sealed layer of the image's own any more.
+    pub proof: Option<Proof>,
     /// What the layer is and where its files are.
     pub kind: Kind,
+}
+
+/// How it was made sure, when a layer was sealed, that nobody could write to its data any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proof {
+    /// By a lease: the kernel knew of no writer.
+    Lease,
+    /// It was not: the locks of the image had to do.
+    None,
 }
 
 /// What a layer is and where its files are.
@@ -162,6 +174,12 @@ impl Root {
     /// The layer with this UUID.
     pub fn layer(&self, uuid: Uuid) -> Option<&Layer> {
         self.layers.iter().find(|l| l.uuid == uuid)
+    }
+
+    /// The row of the layer with this UUID, to be changed.
+    pub(crate) fn row_mut(&mut self, uuid: Uuid) -> Result<&mut Layer> {
+        let row = self.layers.iter_mut().find(|l| l.uuid == uuid);
+        row.ok_or_else(|| corrupt(&format!("layer {uuid} is not in the layer table")))
     }
 
     /// The active layer.
@@ -463,6 +481,7 @@ mod tests {
             clip: if parent.is_some() { 4 << 20 } else { 0 },
             sealed: parent.is_none(),
             map_checksum: None,
+            proof: None,
             kind: Kind::Own,
         }
     }

@@ -185,6 +185,7 @@ fn every_field_that_is_written_is_in_the_document_and_none_else() {
         clip: 0,
         sealed: true,
         map_checksum: None,
+        proof: None,
         kind: Kind::Raw {
             path: "/raw".into(),
             device: 1,

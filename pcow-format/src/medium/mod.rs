@@ -8,6 +8,7 @@
 mod dax;
 mod extents;
 mod hindrance;
+mod lease;
 pub mod real;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -19,6 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use hindrance::Hindrance;
+pub use lease::Lease;
 
 /// Identifies one call in the source that changes durable state, for example `snapshot.root.rename`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -150,6 +152,13 @@ pub trait File: Debug + Send + Sync {
     fn write_back(&self, site: Site, offset: u64) -> io::Result<()>;
     /// Waits until all write-backs started by this thread have reached the persistence domain.
     fn fence(&self, site: Site);
+    /// Proves that nobody has the file open for writing, and keeps it so until [`File::end_lease`] or the end of this
+    /// object. The file must have been opened for reading.
+    fn take_lease(&self) -> io::Result<Lease>;
+    /// Whether a lease that was granted still holds, and nobody waits for its end.
+    fn lease_holds(&self) -> bool;
+    /// Gives a lease up.
+    fn end_lease(&self);
     /// The file behind a real implementation, to be passed on to another process.
     fn as_real(&self) -> Option<&std::fs::File>;
 }

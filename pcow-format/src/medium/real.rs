@@ -18,7 +18,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, Directory, Domain, File, Identity, Site, Status, dax, extents};
+use super::{Access, Directory, Domain, File, Identity, Lease, Site, Status, dax, extents, lease};
 use crate::units::{bytes, len};
 
 /// Least free space that is left on a filesystem.
@@ -394,6 +394,18 @@ impl File for RealFile {
 
     fn fence(&self, _: Site) {
         dax::fence();
+    }
+
+    fn take_lease(&self) -> io::Result<Lease> {
+        lease::take(&self.file)
+    }
+
+    fn lease_holds(&self) -> bool {
+        lease::holds(&self.file)
+    }
+
+    fn end_lease(&self) {
+        lease::end(&self.file);
     }
 
     fn as_real(&self) -> Option<&fs::File> {

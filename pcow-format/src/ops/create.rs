@@ -203,6 +203,7 @@ fn active_layer(new: &NewImage, parent: Option<&Layer>) -> Result<Layer> {
         clip: parent.map_or(0, |p| p.virtual_size.min(size.bytes())),
         sealed: false,
         map_checksum: None,
+        proof: None,
         kind: Kind::Own,
     })
 }
@@ -246,6 +247,7 @@ impl BaseLayers {
             clip: 0,
             sealed: true,
             map_checksum: None,
+            proof: None,
             kind: layer_files::raw_kind(file.as_ref(), path)?,
         };
         Ok(Self {

@@ -15,6 +15,7 @@ use uuid::Uuid;
 pub use create::{Base, Created, NewImage, create, create_in};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use rollback::RolledBack;
+pub use snapshot::{Checksum, Prepared};
 
 use crate::active::scan_words;
 use crate::error::{IoContext, Result};

@@ -19,10 +19,22 @@ impl Image {
     /// # Errors
     /// `NotFound` for the snapshot; `NoSpace`, `FlushFailed` or `Io`. Before the commit the image is as it was.
     pub fn rollback(&mut self, target: &str, discard: bool) -> Result<RolledBack> {
+        let rolled = self.roll_back_to(target, discard);
+        if rolled.is_err() {
+            // If this fails, stores do, too.
+            let _ = self.reopen();
+        }
+        rolled
+    }
+
+    fn roll_back_to(&mut self, target: &str, discard: bool) -> Result<RolledBack> {
         let mut root = self.root().clone();
         let target = root.snapshot(target)?.layer;
         let old = root.active;
         let keep = !discard && !self.active.is_empty()?;
+        let size = root.chain(target)?[0].size()?;
+        let new = root.empty_layer(target, size, self.cluster_size())?;
+        self.create_layer(&new)?;
         let mut saved_as = None;
         if keep {
             let time = super::now();
@@ -30,9 +42,6 @@ impl Image {
             self.seal_active(&mut root)?;
             saved_as = Some((root.add_snapshot(&name, old, time)?, name));
         }
-        let size = root.chain(target)?[0].size()?;
-        let new = root.empty_layer(target, size, self.cluster_size())?;
-        self.create_layer(&new)?;
         root.active = new.uuid;
         root.layers.push(new);
         let unused = super::drop_unused_layers(&mut root)?;

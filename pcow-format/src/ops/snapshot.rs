@@ -1,12 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Snapshot: the active layer is sealed, and an empty one takes its place.
+//!
+//! In two steps, so that a guest that runs has to wait for the second one only:
+//!
+//! | | | who may store meanwhile |
+//! |---|---|---|
+//! | [`Image::prepare_snapshot`] | files of the new layer, complete and durable; a flush of most of what is dirty; everything opened that will be needed | everybody |
+//! | [`Image::take_snapshot`] | own writer closed, proof that there is no other, flush of the rest, commit | nobody |
 
-use crate::active::domain_of;
+use uuid::Uuid;
+
+use crate::active::{Active, domain_of};
+use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::Image;
-use crate::layer_files;
-use crate::medium::{Access, Domain};
-use crate::root::{self, Layer, Root};
+use crate::image::{Image, Stored, Written, replace_root};
+use crate::layer_files::{self, Pair, data_name};
+use crate::medium::{Access, Domain, Lease};
+use crate::root::{self, Layer, Proof, Root};
+
+/// When the checksum of a sealed layer's map is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checksum {
+    /// Before the commit.
+    Now,
+    /// Some time after it, by [`Image::write_checksums`].
+    Later,
+}
+
+/// A snapshot that is ready to be taken.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The image with the new layer on top.
+    after: Stored,
+    active: Active,
+    below: Chain,
+    number: u64,
+}
+
+impl Prepared {
+    /// What makes stores to the new layer durable.
+    pub fn domain(&self) -> Domain {
+        self.active.domain()
+    }
+
+    /// Number of the snapshot to come.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
 
 impl Image {
     /// Takes a snapshot under `name`, or under a generated name; returns its number.
@@ -14,6 +55,18 @@ impl Image {
     /// # Errors
     /// `InvalidArgument` or `Exists` for the name; `NoSpace`, `FlushFailed` or `Io`. Before the commit the image is as it was.
     pub fn snapshot(&mut self, name: Option<&str>) -> Result<u64> {
+        let prepared = self.prepare_snapshot(name)?;
+        let number = prepared.number;
+        self.take_snapshot(prepared, Checksum::Now)?;
+        Ok(number)
+    }
+
+    /// Does everything that can be done while a guest stores. Nobody else may change the layer tree until the
+    /// snapshot is taken or abandoned.
+    ///
+    /// # Errors
+    /// As [`Image::snapshot`]; the image is as it was.
+    pub fn prepare_snapshot(&self, name: Option<&str>) -> Result<Prepared> {
         let mut root = self.root().clone();
         let sealed = root.active;
         let name = name.map_or_else(
@@ -22,16 +75,164 @@ impl Image {
         );
         let number = root.add_snapshot(&name, sealed, super::now())?;
         let new = root.empty_layer(sealed, self.virtual_size(), self.cluster_size())?;
-        self.create_layer(&new)?;
-        self.seal_active(&mut root)?;
+        let row = root.row_mut(sealed)?;
+        row.sealed = true;
+        let row = row.clone();
         root.active = new.uuid;
-        root.layers.push(new);
-        self.commit(root)?;
-        Ok(number)
+        root.layers.push(new.clone());
+        // What cannot be written later is refused now.
+        root.encode()?;
+        let pair = self.create_layer(&new)?;
+        let prepared = self.prepare_stack(root, (&new, pair), &row, number);
+        // Most of what is dirty, so that little is left for the moment in which the guest waits.
+        prepared
+            .and_then(|prepared| self.flush().map(|()| prepared))
+            .inspect_err(|_| self.discard_layer(new.uuid))
+    }
+
+    fn prepare_stack(
+        &self,
+        root: Root,
+        (new, pair): (&Layer, Pair),
+        sealed: &Layer,
+        number: u64,
+    ) -> Result<Prepared> {
+        let after = self.stored.with_root(root);
+        let geometry = (new.size()?, new.cluster()?);
+        let boot = self.stored.environment().boot;
+        let name = new.uuid.to_string();
+        let (active, _) = Active::open(name, geometry, (pair.map, pair.data), boot)?;
+        let top = layer_files::open_for_reading(
+            self.directory(),
+            sealed,
+            &self.stored.environment().bases,
+            boot,
+        )?;
+        let below = Chain::stacked(top, &self.below, new.clip, geometry.1);
+        Ok(Prepared {
+            after,
+            active,
+            below,
+            number,
+        })
+    }
+
+    /// Gives up a snapshot that was prepared.
+    pub fn abandon_snapshot(&self, prepared: Prepared) {
+        let new = prepared.after.root().active;
+        drop(prepared);
+        self.discard_layer(new);
+    }
+
+    /// Best effort: the next opening removes what stays (I5).
+    fn discard_layer(&self, layer: Uuid) {
+        if let Err(e) = super::remove_layer_files(self.directory(), layer) {
+            log::debug!("{e}");
+        }
+    }
+
+    /// Seals the active layer and goes on with the new one. Nobody may be able to store into it: no mapping of it is left,
+    /// no store is under way, and no other thread uses the image.
+    ///
+    /// After an error the image is as it was, except when [`Image::root`] has the new layer: then the snapshot is there, and
+    /// what is written from now on is not promised (I7). See [`Image::reopen`], too.
+    ///
+    /// # Errors
+    /// `Locked` if somebody has the layer open for writing; `FlushFailed` or `Io`.
+    pub fn take_snapshot(&mut self, mut prepared: Prepared, checksum: Checksum) -> Result<Proof> {
+        let sealed = self.root().active;
+        match self.seal(sealed, &mut prepared.after, checksum) {
+            Ok(proof) => {
+                self.go_on_with(prepared);
+                Ok(proof)
+            }
+            Err(Unsealed::AfterRename(e)) => {
+                self.go_on_with(prepared);
+                Err(self.fail_flushes(&e))
+            }
+            Err(Unsealed::Before(e)) => {
+                self.abandon_snapshot(prepared);
+                // If this fails, stores do, too, until somebody tries again.
+                let _ = self.reopen();
+                Err(e)
+            }
+        }
+    }
+
+    fn go_on_with(&mut self, prepared: Prepared) {
+        self.stored = prepared.after;
+        // The old one goes, and with it its lease.
+        self.active = prepared.active;
+        self.below = prepared.below;
+    }
+
+    fn seal(
+        &mut self,
+        layer: Uuid,
+        after: &mut Stored,
+        checksum: Checksum,
+    ) -> std::result::Result<Proof, Unsealed> {
+        let proof = self.prove_and_flush(layer)?;
+        let row = after.root_mut().row_mut(layer)?;
+        row.proof = Some(proof);
+        if checksum == Checksum::Now {
+            row.map_checksum = Some(self.active.map_checksum()?);
+        }
+        self.confirm(layer, proof)?;
+        let written = replace_root(self.directory(), after.root())?;
+        match written {
+            Written::Durable => Ok(proof),
+            Written::Visible(e) => Err(Unsealed::AfterRename(e)),
+        }
+    }
+
+    /// Opens the active layer for writing again, if a snapshot that was not taken left it closed.
+    ///
+    /// # Errors
+    /// `Io`; stores into clusters that are not data yet fail until this succeeds.
+    pub fn reopen(&mut self) -> Result<()> {
+        if !self.active.is_closed_for_writing() {
+            return Ok(());
+        }
+        self.active.data_file().end_lease();
+        let name = data_name(self.root().active);
+        let data = self.directory().open(&name, Access::Write);
+        let data = data.context(|| format!("cannot open {name} again"))?;
+        self.active.open_for_writing(data);
+        Ok(())
+    }
+
+    /// Computes the checksums that sealed layers of the image's own still lack and commits them; returns the root that has
+    /// them, for [`Image::adopt_root`], or `None` if there were none to compute. Nobody else may change the layer tree until then.
+    ///
+    /// # Errors
+    /// `Io`; the checksums are pending still, or again.
+    pub fn write_checksums(&self) -> Result<Option<Root>> {
+        let mut root = self.root().clone();
+        let mut changed = false;
+        let own = |l: &&mut Layer| l.sealed && l.kind == root::Kind::Own;
+        for row in root.layers.iter_mut().filter(own) {
+            if row.map_checksum.is_none() {
+                let pair = layer_files::open_own(self.directory(), row, Access::Read)?;
+                row.map_checksum = Some(layer_files::map_sum(row.uuid, pair.map.as_ref())?);
+                changed = true;
+            }
+        }
+        if !changed {
+            return Ok(None);
+        }
+        crate::image::write_root(self.directory(), &root)?;
+        Ok(Some(root))
+    }
+
+    /// Goes on with a root that was committed and that names the same active layer and the same chain.
+    pub fn adopt_root(&mut self, root: Root) {
+        assert_eq!(root.active, self.root().active, "the same active layer");
+        self.stored = self.stored.with_root(root);
     }
 
     /// Creates the files of a layer that is about to join the table. They must promise as much as the present ones do.
-    pub(crate) fn create_layer(&self, layer: &Layer) -> Result<()> {
+    pub(crate) fn create_layer(&self, layer: &Layer) -> Result<Pair> {
         let boot = self.stored.environment().boot;
         let pair = layer_files::create(self.directory(), layer, self.root().uuid, boot)?;
         let domain = domain_of(
@@ -45,23 +246,66 @@ impl Image {
             return Err(Error::new(ErrorKind::MixedDomains, what));
         }
         layer_files::prefer_huge_extents(pair.data.as_ref(), self.root().allocation_unit);
-        Ok(())
+        Ok(pair)
     }
 
-    /// Makes everything in the active layer durable and marks its row in `root` as sealed.
-    pub(crate) fn seal_active(&self, root: &mut Root) -> Result<()> {
-        // In both domains: with DAX this covers lines that the guest stored but did not write back itself.
+    /// Makes everything in the active layer durable and marks its row in `root` as sealed, for an operation that has the
+    /// image to itself. See [`Image::reopen`].
+    pub(crate) fn seal_active(&mut self, root: &mut Root) -> Result<()> {
+        let layer = root.active;
+        let proof = self.prove_and_flush(layer)?;
+        let row = root.row_mut(layer)?;
+        row.map_checksum = Some(self.active.map_checksum()?);
+        row.sealed = true;
+        row.proof = Some(proof);
+        self.confirm(layer, proof)
+    }
+
+    /// Closes this process's own writer, makes sure that there is no other, and makes everything durable.
+    fn prove_and_flush(&mut self, layer: Uuid) -> Result<Proof> {
+        let name = data_name(layer);
+        let context = || format!("cannot seal {name}");
+        let reader = self.directory().open(&name, Access::Read);
+        let reader = reader.context(context)?;
+        self.active.close_for_writing(reader);
+        let lease = self.active.data_file().take_lease();
+        let proof = match lease.context(context)? {
+            Lease::Granted => Proof::Lease,
+            Lease::Unknown => Proof::None,
+            Lease::Busy => return Err(still_open(&name)),
+        };
+        // In both domains: with DAX this covers lines that the guest stored but did not write back itself, which have
+        // another address in front of them from now on.
         self.flush()?;
-        let active = root.active;
-        let row = root.layers.iter_mut().find(|l| l.uuid == active);
-        if let Some(row) = row {
-            let pair = layer_files::open_own(self.directory(), row, Access::Read)?;
-            let context = || format!("cannot read the map of layer {active}");
-            row.map_checksum = Some(layer_files::map_checksum(pair.map.as_ref()).context(context)?);
-            row.sealed = true;
+        Ok(proof)
+    }
+
+    /// The proof still stands. The lease goes with the file, once the image goes on with another layer.
+    fn confirm(&self, layer: Uuid, proof: Proof) -> Result<()> {
+        if proof == Proof::Lease && !self.active.data_file().lease_holds() {
+            return Err(still_open(&data_name(layer)));
         }
         Ok(())
     }
+}
+
+/// Why a layer was not sealed.
+enum Unsealed {
+    /// The image is as it was.
+    Before(Error),
+    /// The image has its new root, which a power cut may still take back.
+    AfterRename(Error),
+}
+
+impl From<Error> for Unsealed {
+    fn from(error: Error) -> Self {
+        Self::Before(error)
+    }
+}
+
+fn still_open(name: &str) -> Error {
+    let what = format!("another process has {name} open for writing, or has memory of it mapped");
+    Error::new(ErrorKind::Locked, what)
 }
 
 /// `wanted`, or with a number behind it if it is taken.

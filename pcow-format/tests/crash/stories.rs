@@ -128,8 +128,8 @@ fn a_rebase_that_was_cut_off_can_be_run_again() {
 fn a_snapshot_whose_layers_cannot_be_opened_changes_nothing() {
     let (sim, mut image, boot) = start(Domain::PageCache);
     let dir = sim.top().open_dir(IMAGE).unwrap();
-    let base = image.root().layers.iter().find(|l| l.sealed).unwrap();
-    let (name, site) = (data_name(base.uuid), Site("test"));
+    let active = image.root().active;
+    let (name, site) = (data_name(active), Site("test"));
     dir.rename(site, &name, "elsewhere").unwrap();
     let error = image.snapshot(Some("s")).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BaseMissing, "{error}");

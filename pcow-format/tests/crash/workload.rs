@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
-use pcow_format::ops::Base;
+use pcow_format::ops::{Base, Checksum};
 use pcow_format::{Cluster, Image, Source};
 
 use crate::explorer::{Random, newest};
@@ -35,6 +35,8 @@ pub const OPERATIONS: &[Operation] = &[
     operation("touch", |r| r.touch()),
     operation("give back clean", |r| r.give_back_clean()),
     operation("snapshot", |r| r.snapshot()),
+    operation("live snapshot", |r| r.live_snapshot()),
+    operation("abandoned snapshot", |r| r.abandoned_snapshot()),
     operation("rollback", |r| r.rollback()),
     operation("rebase", |r| r.rebase()),
     operation("clone", |r| r.clone_image()),
@@ -205,6 +207,29 @@ impl<'a> Run<'a> {
     fn snapshot(&mut self) -> Result<bool, String> {
         let after = self.model.with_snapshot();
         self.change_tree(&[after], |image| image.snapshot(None).map(drop))
+    }
+
+    /// As of a running guest, which stores once more while the snapshot is prepared. The checksum follows.
+    fn live_snapshot(&mut self) -> Result<bool, String> {
+        let prepared = self.unseen(|image| image.prepare_snapshot(None))?;
+        self.store(ABSENT)?;
+        let after = self.model.with_snapshot();
+        let taken = |image: &mut Image| image.take_snapshot(prepared, Checksum::Later).map(drop);
+        self.change_tree(&[after], taken)?;
+        self.change_tree(&[], |image| {
+            let root = image.write_checksums()?.expect("one is pending");
+            image.adopt_root(root);
+            Ok(())
+        })
+    }
+
+    fn abandoned_snapshot(&mut self) -> Result<bool, String> {
+        self.unseen(|image| {
+            let prepared = image.prepare_snapshot(None)?;
+            image.abandon_snapshot(prepared);
+            Ok(())
+        })?;
+        Ok(true)
     }
 
     fn rollback(&mut self) -> Result<bool, String> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::state::{Inode, LINE_BYTES, PAGE_BYTES, WORD_BYTES};
 use super::{Inner, Sim, WriteBack, os_error};
-use crate::medium::{Access, Domain, File, Identity, Site, Status};
+use crate::medium::{Access, Domain, File, Identity, Lease, Site, Status};
 use crate::units::{bytes, len};
 
 #[derive(Debug)]
@@ -164,6 +164,17 @@ impl File for SimFile {
         // A fence has no error to report, and `act` fails only if the closure does.
         let _ = self.act(site, Inner::fence);
     }
+
+    /// The simulation has one process, whose writers are closed by whoever asks.
+    fn take_lease(&self) -> io::Result<Lease> {
+        Ok(Lease::Granted)
+    }
+
+    fn lease_holds(&self) -> bool {
+        true
+    }
+
+    fn end_lease(&self) {}
 
     fn as_real(&self) -> Option<&std::fs::File> {
         None
