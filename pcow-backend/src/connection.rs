@@ -14,8 +14,8 @@ use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::{
-    FEATURE_BOUNCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT, REGION_DAX, REGION_LOCK,
-    REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
+    FEATURE_BOUNCE, FEATURE_QUIESCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT, REGION_DAX,
+    REGION_LOCK, REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
 
@@ -46,6 +46,8 @@ pub struct Offer {
     pub events: Arc<Events>,
     /// The process ends, and has flushed.
     pub ending: AtomicBool,
+    /// Held while a layer is switched: no session is cleared away, and so no other one begins.
+    pub switching: Mutex<()>,
 }
 
 impl Offer {
@@ -116,6 +118,14 @@ impl Offer {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for the right to switch the layer, or for whoever does.
+    pub fn switching(&self) -> MutexGuard<'_, ()> {
+        // There is nothing in it.
+        self.switching
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes everything stored so far durable; a failure is logged and told.
     ///
     /// # Errors
@@ -158,6 +168,8 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         // Waits for a give-back that the end of the process has begun.
         *offer.session() = Handle::default();
         let stopped = service.stop();
+        // A switch of layers that is under way rests on nothing being mapped; the next frontend would map.
+        drop(offer.switching());
         stopped.give_back();
         stopped.report();
         if let Some(failure) = stopped.into_failure() {
@@ -232,8 +244,12 @@ impl Connection<'_> {
                 let status = self.offer.take_lock(&held, single_fd(received.fds)?);
                 self.reply(&FrontendReply::Status(FrontendCode::HandBack, status))
             }
-            // Nothing of this session was asked to quiesce: a late one.
-            BackendAction::Quiesced(_, reply) => reply.map_or(Ok(()), |r| self.reply(&r)),
+            BackendAction::Quiesced(quiesced, reply) => {
+                if let Some(service) = &self.service {
+                    service.handle().quiesced(&quiesced);
+                }
+                reply.map_or(Ok(()), |r| self.reply(&r))
+            }
             BackendAction::Flush => {
                 let flushed = self.offer.flush();
                 let status = flushed.map_or(Status::from_errno(libc::EIO), |()| Status::OK);
@@ -293,6 +309,7 @@ impl Connection<'_> {
             uffd: Uffd::from_peer(uffd)?,
             fault_fd,
             bounce: self.session.has(FEATURE_BOUNCE),
+            quiesce: self.session.has(FEATURE_QUIESCE),
             process: peer_process(self.codec.stream()),
         };
         let disk = Arc::clone(&self.offer.disk);

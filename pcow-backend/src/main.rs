@@ -90,7 +90,6 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         takeover::take_over(image, &cli.base_dir)?;
     }
     let served = open(image, cli)?;
-    let endpoint = place.open()?;
     let quit = Arc::new(Quit::new()?);
     let offer = Arc::new(Offer {
         disk: served.disk(),
@@ -103,8 +102,9 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         session: std::sync::Mutex::default(),
         events: Arc::default(),
         ending: std::sync::atomic::AtomicBool::default(),
+        switching: std::sync::Mutex::default(),
     });
-    // Ends before the image is let go of, after the last session.
+    // Listens before the endpoint does: who finds the one finds the other. Ends before the image is let go of.
     let _control = match &served {
         Served::ReadOnly(_) => None,
         Served::ForWriting(disk) => {
@@ -112,6 +112,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             control(image, cli, operator)?
         }
     };
+    let endpoint = place.open()?;
     let flush_interval = cli
         .flush_interval()
         .filter(|_| !offer.disk.read_only() && !offer.disk.is_dax());

@@ -59,6 +59,16 @@ impl Occupancy {
             .0
     }
 
+    /// Takes the free place without a frontend: those that come wait until [`Occupancy::free`]. False if it is not free.
+    pub fn reserve(&self) -> bool {
+        let mut state = self.lock();
+        let free = *state == State::Free;
+        if free {
+            *state = State::Leaving;
+        }
+        free
+    }
+
     /// The frontend is gone.
     pub fn leave(&self) {
         *self.lock() = State::Leaving;
@@ -98,5 +108,18 @@ mod tests {
             assert!(next.join().unwrap());
         });
         assert!(place.is_attached());
+    }
+
+    #[test]
+    fn a_frontend_waits_for_who_has_reserved_its_place() {
+        let place = Occupancy::default();
+        assert!(place.reserve() && !place.reserve());
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| place.take());
+            assert!(!place.is_attached());
+            place.free();
+            assert!(next.join().unwrap());
+        });
+        assert!(!place.reserve());
     }
 }

@@ -41,6 +41,22 @@ impl Memory {
         self.word(offset).store(value, Ordering::Relaxed);
     }
 
+    /// As [`Memory::load`]: what the one whose store is seen did before is seen, too.
+    ///
+    /// # Panics
+    /// As [`Memory::load`].
+    pub fn load_acquire(&self, offset: u64) -> u64 {
+        self.word(offset).load(Ordering::Acquire)
+    }
+
+    /// As [`Memory::store`]: who sees it sees what was done before it.
+    ///
+    /// # Panics
+    /// As [`Memory::load`].
+    pub fn store_release(&self, offset: u64, value: u64) {
+        self.word(offset).store(value, Ordering::Release);
+    }
+
     /// Touches the word at `offset` as a store does and changes nothing: a processor's compare-and-exchange asks for write
     /// access also where the comparison fails, as it must for all but this one value.
     ///

@@ -132,6 +132,7 @@ fn unsafe_code_stays_in_the_files_that_are_named_for_it() {
         "pcow-format/src/lock/mod.rs",
         "pcow-format/src/medium/dax.rs",
         "pcow-format/src/medium/extents.rs",
+        "pcow-format/src/medium/lease.rs",
         "pcow-protocol/src/frontend/region.rs",
         "pcow-protocol/src/frontend/segv.rs",
         "pcow-protocol/src/uffd.rs",

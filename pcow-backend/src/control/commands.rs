@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The commands of the control socket. `docs/control.md` describes each, and a test runs what it shows.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pcow_format::medium::Domain;
 use pcow_format::root::{Kind, Root};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::events::Events;
+use super::events::{Event, Events};
 use super::request::{Arguments, Refusal, Request};
+use super::snapshot;
 use crate::connection::{Offer, chain};
 use crate::disk::WritableDisk;
 use crate::server::Quit;
@@ -19,6 +21,10 @@ type Answer = Result<Value, Refusal>;
 
 /// A command: its name, and what carries it out.
 type Command = (&'static str, fn(&Operator, Arguments) -> Answer);
+
+/// How long a snapshot may take until it is committed, unless somebody says otherwise.
+const DEFAULT_PATIENCE_MS: u64 = 30_000;
+const MAX_PATIENCE_MS: u64 = 600_000;
 
 /// All commands, in the order in which they are listed.
 const COMMANDS: &[Command] = &[
@@ -30,6 +36,7 @@ const COMMANDS: &[Command] = &[
     ("query-status", Operator::query_status),
     ("query-layers", Operator::query_layers),
     ("query-stats", Operator::query_stats),
+    ("snapshot-create", Operator::snapshot_create),
     ("flush", Operator::flush),
     ("quit", |_, arguments| {
         arguments.finish().map(|()| json!({}))
@@ -42,12 +49,22 @@ pub struct Operator {
     offer: Arc<Offer>,
     disk: Arc<WritableDisk>,
     quit: Arc<Quit>,
+    /// Held by who changes the layer tree.
+    tree: Arc<Mutex<()>>,
 }
 
 impl Operator {
     /// For the image behind `disk`, which is served through `offer`.
     pub fn new(offer: Arc<Offer>, disk: Arc<WritableDisk>, quit: Arc<Quit>) -> Self {
-        Self { offer, disk, quit }
+        let operator = Self {
+            offer,
+            disk,
+            quit,
+            tree: Arc::default(),
+        };
+        // What a backend before this one left to be done.
+        operator.write_checksums();
+        operator
     }
 
     /// UUID of the image.
@@ -116,6 +133,55 @@ impl Operator {
         Ok(json!({ "session": session.figures().as_ref().map(session_stats) }))
     }
 
+    fn snapshot_create(&self, mut arguments: Arguments) -> Answer {
+        let name = arguments.text("name")?;
+        let patience = arguments
+            .number("timeout-ms")?
+            .unwrap_or(DEFAULT_PATIENCE_MS);
+        arguments.finish()?;
+        if !(1..=MAX_PATIENCE_MS).contains(&patience) {
+            let what = format!("'timeout-ms' must be from 1 to {MAX_PATIENCE_MS}");
+            return Err(Refusal::new(what));
+        }
+        let deadline = Instant::now() + Duration::from_millis(patience);
+        let taken = {
+            let _tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+            snapshot::take(&self.offer, &self.disk, name.as_deref(), deadline)
+        };
+        self.write_checksums();
+        let (number, proof) = taken.map_err(|reason| {
+            log::warn!("no snapshot: {reason}");
+            let reason = reason.to_string();
+            self.events().tell(&Event::SnapshotFailed {
+                reason: reason.clone(),
+            });
+            Refusal::new(reason)
+        })?;
+        let root = self.disk.root();
+        let taken = root.snapshot(&number.to_string()).map_err(refusal)?;
+        log::info!("snapshot {number} '{}' taken", taken.name);
+        self.events().tell(&Event::SnapshotCreated {
+            number,
+            name: taken.name.clone(),
+        });
+        Ok(json!({ "snapshot": snapshot_row(taken), "layer": taken.layer, "proof": proof }))
+    }
+
+    /// Computes checksums that are pending, in a thread of its own.
+    fn write_checksums(&self) {
+        let (disk, tree) = (Arc::clone(&self.disk), Arc::clone(&self.tree));
+        let work = move || {
+            let _tree = tree.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(e) = disk.write_checksums() {
+                log::warn!("checksums of sealed layers are pending: {}", chain(&e));
+            }
+        };
+        let thread = std::thread::Builder::new().name("checksum".into());
+        if let Err(e) = thread.spawn(work) {
+            log::warn!("checksums of sealed layers are pending: {e}");
+        }
+    }
+
     fn flush(&self, arguments: Arguments) -> Answer {
         arguments.finish()?;
         self.offer.flush().map_err(refusal)?;
@@ -143,11 +209,12 @@ fn layer(root: &Root, layer: &pcow_format::root::Layer) -> Value {
         "virtual-size": layer.virtual_size,
         "cluster-size": layer.cluster_size,
         "map-checksum": layer.map_checksum,
-        "snapshots": snapshots.map(snapshot).collect::<Value>(),
+        "proof": layer.proof,
+        "snapshots": snapshots.map(snapshot_row).collect::<Value>(),
     })
 }
 
-fn snapshot(snapshot: &pcow_format::root::Snapshot) -> Value {
+fn snapshot_row(snapshot: &pcow_format::root::Snapshot) -> Value {
     json!({ "number": snapshot.number, "name": snapshot.name, "time": snapshot.time })
 }
 

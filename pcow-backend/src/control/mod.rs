@@ -20,6 +20,7 @@ pub mod commands;
 pub mod events;
 mod frame;
 mod request;
+mod snapshot;
 mod socket;
 
 use std::os::unix::net::UnixStream;

@@ -4,11 +4,14 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use pcow_format::medium::{Domain, File};
-use pcow_format::root::{Kind, Layer, Root};
+use pcow_format::ops::{Checksum, Prepared};
+use pcow_format::root::{Kind, Layer, Proof, Root};
 use pcow_format::{
-    Cluster, ClusterRange, ClusterSize, HandedBack, Image, ImageLock, Result, Source,
+    Cluster, ClusterRange, ClusterSize, Error, ErrorKind, HandedBack, Image, ImageLock, Result,
+    Source,
 };
 use uuid::Uuid;
 
@@ -28,6 +31,9 @@ const BLOCK_BYTES: u64 = 2 << 20;
 
 /// Clusters that hold what they cover are looked for in pieces of this size.
 const CLEAN_BYTES: u64 = 2 << 20;
+
+/// How often it is tried to open a layer again that could not be sealed.
+const REOPEN: Duration = Duration::from_secs(1);
 
 /// The image, and what of it never changes while it is served: who reads events must not wait for the rest (F4).
 #[derive(Debug)]
@@ -69,6 +75,60 @@ impl WritableDisk {
     /// The root as it was last committed.
     pub fn root(&self) -> Root {
         self.image().root().clone()
+    }
+
+    /// See [`Image::prepare_snapshot`]. A new layer in another persistence domain is refused: frontends have been told.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prepare_snapshot(&self, name: Option<&str>) -> Result<Prepared> {
+        let image = self.image();
+        let prepared = image.prepare_snapshot(name)?;
+        if prepared.domain() != self.domain {
+            image.abandon_snapshot(prepared);
+            let what = "files that are made in the image now are in another persistence domain than those that it has";
+            return Err(Error::new(ErrorKind::MixedDomains, what));
+        }
+        Ok(prepared)
+    }
+
+    /// See [`Image::abandon_snapshot`].
+    pub fn abandon_snapshot(&self, prepared: Prepared) {
+        self.image().abandon_snapshot(prepared);
+    }
+
+    /// See [`Image::take_snapshot`]. Nothing is resolved meanwhile. Whatever happens, the disk can be written to afterwards: if
+    /// it cannot be opened again this waits, and with it the guest.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_snapshot(&self, prepared: Prepared) -> Result<Proof> {
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let active = image.root().active;
+        let taken = image.take_snapshot(prepared, Checksum::Later);
+        while let Err(e) = image.reopen() {
+            log::error!("the guest waits: {e}; trying again");
+            std::thread::sleep(REOPEN);
+        }
+        if image.root().active != active {
+            // It was noted of a layer that is sealed now.
+            self.forget_maybe_clean();
+        }
+        taken
+    }
+
+    /// See [`Image::write_checksums`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_checksums(&self) -> Result<()> {
+        let written = self.image().write_checksums()?;
+        if let Some(root) = written {
+            // Only now, and for a moment: the sync of a root must not keep a fault waiting.
+            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            image.adopt_root(root);
+        }
+        Ok(())
     }
 
     fn image(&self) -> RwLockReadGuard<'_, Image> {

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// What is known of a touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +79,8 @@ struct State {
     retried: HashSet<u64>,
     leading: bool,
     idle: usize,
+    /// Nobody may begin to work anywhere: see [`Board::hold`].
+    held: bool,
     stopping: bool,
 }
 
@@ -180,11 +183,35 @@ impl Board {
     /// Claims `bytes` if nobody is at work in any of them.
     pub fn try_claim(self: &Arc<Self>, bytes: Range<u64>) -> Option<Claim> {
         let mut state = self.lock();
-        if state.is_claimed(&bytes) {
+        if state.held || state.is_claimed(&bytes) {
             return None;
         }
         state.claims.insert(bytes.start, bytes.end);
         Some(self.claim(bytes))
+    }
+
+    /// Lets nobody begin to work anywhere, and waits until nobody is at work; `None` if that takes until `deadline`, if the
+    /// session ends, or if it is held already. Faults are parked meanwhile.
+    pub fn hold(self: &Arc<Self>, deadline: Instant) -> Option<Hold> {
+        let mut state = self.lock();
+        if state.held {
+            return None;
+        }
+        state.held = true;
+        let hold = Hold(Arc::clone(self));
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let busy = |s: &mut State| !s.claims.is_empty() && !s.stopping;
+        let waited = self.changed.wait_timeout_while(state, patience, busy);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let quiet = state.claims.is_empty() && !state.stopping;
+        // Before the hold may be dropped, which needs it.
+        drop(state);
+        quiet.then_some(hold)
+    }
+
+    /// Whether nobody may begin to work: who works and waits for others to do something should give up.
+    pub fn is_held(&self) -> bool {
+        self.lock().held
     }
 
     /// Ends the work of the crew.
@@ -240,6 +267,9 @@ impl State {
 
     /// The first queued fault whose scope is free, claimed.
     fn take(&mut self, scope: &dyn Fn(u64) -> Range<u64>) -> Option<(Fault, Range<u64>)> {
+        if self.held {
+            return None;
+        }
         for i in 0..self.queue.len() {
             let unit = self.queue[i];
             let Some((fault, _)) = self.parked.get(&unit).copied() else {
@@ -299,10 +329,25 @@ impl Drop for Claim {
     fn drop(&mut self) {
         let mut state = self.board.lock();
         state.claims.remove(&self.bytes.start);
+        if state.held {
+            // Among those who wait is the one that waits for all claims.
+            self.board.changed.notify_all();
+        }
         // A queued fault may have waited for this claim.
         if !state.queue.is_empty() && state.idle > 0 {
             self.board.changed.notify_one();
         }
+    }
+}
+
+/// The right to be the only one at work, until it is dropped.
+#[derive(Debug)]
+pub struct Hold(Arc<Board>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.lock().held = false;
+        self.0.changed.notify_all();
     }
 }
 
@@ -388,6 +433,29 @@ mod tests {
         board.post(fault(UNIT, Touch::Load));
         assert_eq!(board.relieve(&scope).unwrap().0.offset, UNIT);
         assert!(idle.join().unwrap());
+    }
+
+    #[test]
+    fn while_the_board_is_held_faults_are_parked_and_nobody_begins_to_work() {
+        let board = Board::new(UNIT);
+        assert!(matches!(board.next_duty(&scope), Duty::Lead));
+        let claim = board.try_claim(0..UNIT).unwrap();
+        assert!(board.hold(Instant::now()).is_none(), "somebody is at work");
+        assert!(!board.is_held(), "what failed leaves nothing behind");
+        let holder = Arc::clone(&board);
+        let soon = Instant::now() + std::time::Duration::from_secs(60);
+        let hold = std::thread::spawn(move || holder.hold(soon));
+        while !board.is_held() {
+            std::thread::yield_now();
+        }
+        board.post(fault(UNIT, STORE));
+        drop(claim);
+        let hold = hold.join().unwrap().unwrap();
+        assert!(board.try_claim(5 * UNIT..6 * UNIT).is_none());
+        assert!(board.lock().take(&scope).is_none());
+        assert!(board.hold(soon).is_none(), "one at a time");
+        drop(hold);
+        assert_eq!(resolve(&board).0.offset, UNIT);
     }
 
     #[test]

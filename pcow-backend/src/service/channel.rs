@@ -14,7 +14,7 @@ use std::time::Duration;
 use pcow_format::medium::Domain;
 use pcow_protocol::codec::{Outbox, Sent};
 use pcow_protocol::message::{BackendReply, BackendRequest, Map, RegionRange};
-use pcow_protocol::wire::{REGISTER_SYNC, REGISTER_WRITABLE, Register};
+use pcow_protocol::wire::{Quiesce, REGISTER_SYNC, REGISTER_WRITABLE, Register, Resume};
 use pcow_protocol::{Error, ErrorKind, Result};
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -37,6 +37,10 @@ pub enum Asked {
     Evicted,
     /// The moment of the page at this offset was opened.
     Bounced(u64),
+    /// The whole region became trap.
+    Reset,
+    /// Device I/O is being drained.
+    Quiescing,
 }
 
 #[derive(Debug)]
@@ -50,6 +54,9 @@ struct Notes {
     unmaps: (u64, u64),
     /// The UNMAPs that somebody waits for, by their number, and how they were answered.
     awaited: HashMap<u64, Option<Unmapped>>,
+    /// How the last RESET and the last QUIESCE were answered: an errno, or 0.
+    reset: Option<i32>,
+    quiescing: Option<i32>,
     over: bool,
 }
 
@@ -58,7 +65,7 @@ struct Notes {
 pub struct Channel {
     outbox: Outbox<Asked>,
     notes: Mutex<Notes>,
-    unmapped: Condvar,
+    answered: Condvar,
     kick: std::os::fd::OwnedFd,
 }
 
@@ -78,9 +85,11 @@ impl Channel {
                 unconfirmed: Vec::new(),
                 unmaps: (0, 0),
                 awaited: HashMap::new(),
+                reset: None,
+                quiescing: None,
                 over: false,
             }),
-            unmapped: Condvar::new(),
+            answered: Condvar::new(),
             kick,
         })
     }
@@ -193,7 +202,7 @@ impl Channel {
         notes.awaited.insert(mine, None);
         let unanswered = |n: &mut Notes| n.awaited.get(&mine) == Some(&None) && !n.over;
         let waited = self
-            .unmapped
+            .answered
             .wait_timeout_while(notes, patience, unanswered);
         let (mut notes, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let answer = notes.awaited.remove(&mine).flatten();
@@ -203,8 +212,74 @@ impl Channel {
     /// The session is over: nobody waits any longer.
     pub fn end(&self) {
         self.notes().over = true;
-        self.unmapped.notify_all();
+        self.answered.notify_all();
         self.kick();
+    }
+
+    /// Orders the whole region, in which nobody is at work, to become trap, and waits for the errno that the frontend
+    /// answers, 0 for success; `None` if none comes in time.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn reset_and_wait(&self, patience: Duration) -> Result<Option<i32>> {
+        let mut notes = self.notes();
+        notes.reset = None;
+        self.send(&BackendRequest::Reset, None, Asked::Reset)?;
+        self.wait_for(notes, patience, |n| n.reset)
+    }
+
+    /// Orders device I/O to be drained and held, and waits for what the frontend says to that, as above.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn quiesce_and_wait(
+        &self,
+        id: u64,
+        deadline_ms: u32,
+        patience: Duration,
+    ) -> Result<Option<i32>> {
+        let mut notes = self.notes();
+        notes.quiescing = None;
+        let request = BackendRequest::Quiesce(Quiesce {
+            id,
+            deadline_ms,
+            reserved: 0,
+        });
+        self.send(&request, None, Asked::Quiescing)?;
+        self.wait_for(notes, patience, |n| n.quiescing)
+    }
+
+    fn wait_for(
+        &self,
+        notes: MutexGuard<'_, Notes>,
+        patience: Duration,
+        answer: impl Fn(&Notes) -> Option<i32>,
+    ) -> Result<Option<i32>> {
+        let unanswered = |n: &mut Notes| answer(n).is_none() && !n.over;
+        let waited = self
+            .answered
+            .wait_timeout_while(notes, patience, unanswered);
+        let (notes, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if notes.over && answer(&notes).is_none() {
+            return Err(Error::new(ErrorKind::Closed, "wait for the frontend"));
+        }
+        Ok(answer(&notes))
+    }
+
+    /// Lets device I/O go on, and tells the frontend which layer is active. Waits for no answer.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn resume(&self, id: u64, layer: [u8; 16]) -> Result<()> {
+        self.tell(&BackendRequest::Resume(Resume { id, layer }))
+    }
+
+    /// Lets device I/O go on. Waits for no answer.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn cancel(&self, id: u64) -> Result<()> {
+        self.tell(&BackendRequest::Cancel(id))
     }
 
     /// Orders a moment of the page at `offset`.
@@ -225,8 +300,11 @@ impl Channel {
     /// # Errors
     /// The session is over.
     pub fn end_bounce(&self, offset: u64) -> Result<()> {
-        let request = BackendRequest::BounceEnd(page_at(offset));
-        if self.outbox.send(&request, None, None)? == Sent::Later {
+        self.tell(&BackendRequest::BounceEnd(page_at(offset)))
+    }
+
+    fn tell(&self, request: &BackendRequest) -> Result<()> {
+        if self.outbox.send(request, None, None)? == Sent::Later {
             self.kick();
         }
         Ok(())
@@ -260,8 +338,14 @@ impl Channel {
     /// It answers nothing: the session is over.
     pub fn answered(&self, reply: &BackendReply) -> Result<Asked> {
         let asked = self.outbox.answered(reply)?;
-        if asked == Asked::Unmapped {
-            self.unmap_answered(reply.status.errno());
+        match asked {
+            Asked::Unmapped => self.unmap_answered(reply.status.errno()),
+            Asked::Reset => self.reset_answered(reply.status.errno()),
+            Asked::Quiescing => {
+                self.notes().quiescing = Some(reply.status.errno().unwrap_or(0));
+                self.answered.notify_all();
+            }
+            _ => {}
         }
         if let Asked::Mapped(bytes) = &asked {
             let mut notes = self.notes();
@@ -290,7 +374,18 @@ impl Channel {
                 Some(_) => Some(Unmapped::Unknown),
             };
         }
-        self.unmapped.notify_all();
+        self.answered.notify_all();
+    }
+
+    /// `EBUSY` says that it was carried out all the same. What was ordered before is answered already.
+    fn reset_answered(&self, errno: Option<i32>) {
+        let mut notes = self.notes();
+        if matches!(errno, None | Some(libc::EBUSY)) {
+            notes.mappings.remove(&(0..u64::MAX));
+            notes.slots.clear();
+        }
+        notes.reset = Some(errno.unwrap_or(0));
+        self.answered.notify_all();
     }
 
     /// How many runs are mapped.

@@ -5,6 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use pcow_protocol::Result;
+use pcow_protocol::wire::Quiesced;
+
+use super::cut::Cut;
 use super::{Counters, Shared, reclaim};
 
 /// A way to reach the service of the attached frontend. The default one reaches nobody.
@@ -71,6 +75,22 @@ impl Handle {
         if let Err(e) = reclaim::give_back_mapped(&shared, deadline) {
             log::warn!("cannot give back what was only read: {e}");
         }
+    }
+
+    /// The frontend's QUIESCED came.
+    pub fn quiesced(&self, quiesced: &Quiesced) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.quiesces.answered(quiesced);
+        }
+    }
+
+    /// Makes a cut, until `deadline`; `None` without a session.
+    ///
+    /// # Errors
+    /// As [`Cut`] says.
+    pub fn cut(&self, deadline: Instant) -> Result<Option<Cut>> {
+        let shared = self.0.upgrade().filter(|s| !s.board.is_stopping());
+        shared.map(|s| Cut::make(s, deadline)).transpose()
     }
 
     /// What the session did so far; `None` without one.

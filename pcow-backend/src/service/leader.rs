@@ -247,6 +247,8 @@ impl Leader {
                 self.bounce_refused(*offset);
             }
             (Asked::Bounced(_), Some(errno)) => return Err(Error::refused("bounce a page", errno)),
+            // Who asked hears it.
+            (Asked::Reset | Asked::Quiescing, _) => {}
             (Asked::Slot | Asked::Unmapped | Asked::Bounced(_), None) => {}
         }
         Ok(())

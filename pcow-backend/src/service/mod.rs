@@ -12,6 +12,7 @@
 pub mod board;
 mod bounces;
 mod channel;
+mod cut;
 mod handle;
 mod leader;
 mod mappings;
@@ -36,6 +37,8 @@ use crate::disk::{Disk, FileKey};
 use board::{Board, Touch};
 use bounces::Bounces;
 use channel::Channel;
+pub use cut::Cut;
+use cut::Quiesces;
 pub use handle::{Figures, Handle};
 use leader::Leader;
 use origin::Origins;
@@ -117,6 +120,9 @@ struct Shared {
     bounces: Bounces,
     /// Whether the frontend carries out BOUNCE.
     may_bounce: bool,
+    /// Whether it carries out RESET, QUIESCE, RESUME and CANCEL.
+    may_quiesce: bool,
+    quiesces: Quiesces,
     origins: Mutex<Origins>,
     told: Once,
     counters: Counters,
@@ -143,6 +149,7 @@ impl Shared {
         self.preparer.stop();
         self.bounces.stop();
         self.reclaimer.stop();
+        self.quiesces.end();
         // It may be closed already, which is the wanted state.
         let _ = self.main.shutdown(std::net::Shutdown::Both);
     }
@@ -178,6 +185,8 @@ pub struct Peer {
     pub fault_fd: FaultFd,
     /// Whether it carries out BOUNCE.
     pub bounce: bool,
+    /// Whether it carries out RESET and QUIESCE.
+    pub quiesce: bool,
     /// The process that connected; 0 if it is in a namespace that is not visible from here.
     pub process: u32,
 }
@@ -209,6 +218,8 @@ impl FaultService {
             copies: ReadCopies::new(disk.unit(), budgets.cache_bytes),
             bounces: Bounces::new(disk.unit()),
             may_bounce: peer.bounce,
+            may_quiesce: peer.quiesce,
+            quiesces: Quiesces::default(),
             origins: Mutex::new(Origins::new(peer.process)),
             told: Once::new(),
             preparer: Preparer::new(Arc::clone(&board), Arc::clone(&disk)),

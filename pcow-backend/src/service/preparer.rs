@@ -72,6 +72,15 @@ impl Preparer {
         }
     }
 
+    /// Forgets the sequence: what was prepared for it is not there any more.
+    pub(super) fn reset(&self) {
+        let mut state = self.lock();
+        *state = State {
+            stopping: state.stopping,
+            ..State::default()
+        };
+    }
+
     /// The work of the thread, until [`Preparer::stop`].
     pub(super) fn work(&self) {
         while let Some(mut wanted) = self.next() {

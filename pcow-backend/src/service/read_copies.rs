@@ -127,6 +127,14 @@ impl ReadCopies {
         self.changed.notify_all();
     }
 
+    /// All of them are gone.
+    pub fn clear(&self) {
+        let mut state = self.lock();
+        state.present.clear();
+        state.order.clear();
+        self.changed.notify_all();
+    }
+
     /// The unit at `offset` was counted in, but nothing was copied.
     pub fn cancel(&self, offset: u64) {
         let start = offset / self.unit * self.unit;

@@ -189,6 +189,11 @@ impl Resolver<'_> {
             if s.board.is_stopping() {
                 return Ok(false);
             }
+            if s.board.is_held() {
+                // Nothing can be evicted now, and who holds the board waits for this claim.
+                s.board.post(self.fault);
+                return Ok(false);
+            }
         }
         Ok(true)
     }
