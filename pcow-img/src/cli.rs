@@ -58,6 +58,10 @@ pub struct Global {
     /// Directory below which the files of bases may be, besides the one that the image lies in; may be repeated
     #[arg(long = "base-dir", global = true, value_name = "DIR")]
     pub base_dirs: Vec<PathBuf>,
+
+    /// Socket of the backend that serves the image, if it is not control.sock in the image's directory
+    #[arg(long, global = true, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 }
 
 /// Reads the command line. Prints help or version and ends the process if that is what was asked for.

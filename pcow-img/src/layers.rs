@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use pcow_format::root::{Kind, Layer, Root, Snapshot};
+use pcow_format::root::{Kind, Layer, Proof, Root, Snapshot};
 use pcow_format::{Stored, data_name};
 use serde::Serialize;
 use uuid::Uuid;
@@ -47,6 +47,11 @@ pub struct LayerInfo {
     pub virtual_size: u64,
     /// Size of its clusters in bytes.
     pub cluster_size: u64,
+    /// Checksum of the map of a sealed layer; null for others, and while it has not been computed yet.
+    pub map_checksum: Option<String>,
+    /// How it was made sure that nobody could write to the layer when it was sealed: `lease`, or `none`; null for layers that this
+    /// image did not seal.
+    pub proof: Option<Proof>,
     /// Bytes that its files take in the image's directory; null if they cannot be inspected.
     pub actual_size: Option<u64>,
     /// Of these, bytes in files that no other image has.
@@ -69,6 +74,8 @@ pub fn describe(stored: &Stored, layer: &Layer, path: &Path) -> LayerInfo {
         image: stored.origin(layer).ok().flatten(),
         virtual_size: layer.virtual_size,
         cluster_size: layer.cluster_size,
+        map_checksum: layer.map_checksum.clone(),
+        proof: layer.proof,
         actual_size: usage.map(pcow_format::info::Usage::total),
         exclusive_size: usage.map(|u| u.exclusive),
         shared_size: usage.map(|u| u.shared),
@@ -152,6 +159,12 @@ fn details(root: &Root, layer: &LayerInfo) -> String {
     let time = snapshots_of(root, layer.uuid).next().map(|s| s.time);
     let mut parts: Vec<_> = time.map(date::utc).into_iter().collect();
     parts.push(storage(layer));
+    if layer.proof == Some(Proof::None) {
+        parts.push("unproven".to_owned());
+    }
+    if layer.proof.is_some() && layer.map_checksum.is_none() {
+        parts.push("checksum pending".to_owned());
+    }
     parts.join("  ")
 }
 

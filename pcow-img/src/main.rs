@@ -12,6 +12,7 @@ mod date;
 mod failure;
 mod layers;
 mod limits;
+mod live;
 mod open;
 mod size;
 mod snapshots;

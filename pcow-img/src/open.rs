@@ -52,6 +52,10 @@ fn explain<T>(result: FormatResult<T>, path: &Path, purpose: &str) -> Result<T, 
     let kind = result.as_ref().err().map(pcow_format::Error::kind);
     let result = result.doing(|| format!("{purpose} {}", path.display()));
     match kind {
+        // Whoever can be asked to do it was looked for already.
+        Some(ErrorKind::Locked) => result.map_err(|f| {
+            f.advising("stop that process first; a backend that has its socket elsewhere is asked with --control PATH; or work on a clone made with 'create --base'")
+        }),
         Some(ErrorKind::NotFound) => result
             .map_err(|f| f.advising("check the path, or make the image with 'pcow-img create'")),
         _ => result,

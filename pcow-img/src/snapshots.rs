@@ -3,6 +3,7 @@
 
 use pcow_format::root::Snapshot;
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
 /// A snapshot. The first four fields are those of `qemu-img`.
@@ -19,6 +20,20 @@ pub struct SnapshotInfo {
     pub date_nsec: u32,
     /// UUID of the layer that it shows.
     pub layer: Uuid,
+}
+
+impl SnapshotInfo {
+    /// From what a backend says of a snapshot that it has taken.
+    pub fn from_backend(answer: &Value) -> Option<Self> {
+        let snapshot = &answer["snapshot"];
+        Some(Self {
+            id: snapshot["number"].as_u64()?.to_string(),
+            name: snapshot["name"].as_str()?.to_owned(),
+            date_sec: snapshot["time"].as_u64()?,
+            date_nsec: 0,
+            layer: Uuid::parse_str(answer["layer"].as_str()?).ok()?,
+        })
+    }
 }
 
 impl From<&Snapshot> for SnapshotInfo {

@@ -37,6 +37,7 @@ const COMMANDS: &[Command] = &[
     ("query-layers", Operator::query_layers),
     ("query-stats", Operator::query_stats),
     ("snapshot-create", Operator::snapshot_create),
+    ("snapshot-rename", Operator::snapshot_rename),
     ("flush", Operator::flush),
     ("quit", |_, arguments| {
         arguments.finish().map(|()| json!({}))
@@ -165,6 +166,14 @@ impl Operator {
             name: taken.name.clone(),
         });
         Ok(json!({ "snapshot": snapshot_row(taken), "layer": taken.layer, "proof": proof }))
+    }
+
+    fn snapshot_rename(&self, mut arguments: Arguments) -> Answer {
+        let (target, name) = (arguments.needed("snapshot")?, arguments.needed("name")?);
+        arguments.finish()?;
+        let _tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        self.disk.rename_snapshot(&target, &name).map_err(refusal)?;
+        Ok(json!({}))
     }
 
     /// Computes checksums that are pending, in a thread of its own.

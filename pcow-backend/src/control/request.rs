@@ -109,6 +109,15 @@ impl Arguments {
         }
     }
 
+    /// As [`Arguments::text`], for one that must be there.
+    ///
+    /// # Errors
+    /// If it is something else, or missing.
+    pub fn needed(&mut self, name: &str) -> Result<String, Refusal> {
+        let missing = || Refusal::new(format!("argument '{name}' is missing"));
+        self.text(name)?.ok_or_else(missing)
+    }
+
     /// Takes out the list called `name`.
     ///
     /// # Errors

@@ -131,6 +131,17 @@ impl WritableDisk {
         Ok(())
     }
 
+    /// See [`Image::write_renamed`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rename_snapshot(&self, target: &str, name: &str) -> Result<()> {
+        let root = self.image().write_renamed(target, name)?;
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        image.adopt_root(root);
+        Ok(())
+    }
+
     fn image(&self) -> RwLockReadGuard<'_, Image> {
         // A panic in a resolver leaves the image whole: each change of a cluster is one word.
         self.image.read().unwrap_or_else(PoisonError::into_inner)

@@ -4,6 +4,7 @@
 
 mod create;
 mod rebase;
+mod rename;
 mod rollback;
 mod snapshot;
 

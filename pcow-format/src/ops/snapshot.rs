@@ -8,6 +8,8 @@
 //! | [`Image::prepare_snapshot`] | files of the new layer, complete and durable; a flush of most of what is dirty; everything opened that will be needed | everybody |
 //! | [`Image::take_snapshot`] | own writer closed, proof that there is no other, flush of the rest, commit | nobody |
 
+use std::time::{Duration, Instant};
+
 use uuid::Uuid;
 
 use crate::active::{Active, domain_of};
@@ -17,6 +19,9 @@ use crate::image::{Image, Stored, Written, replace_root};
 use crate::layer_files::{self, Pair, data_name};
 use crate::medium::{Access, Domain, Lease};
 use crate::root::{self, Layer, Proof, Root};
+
+/// How long a file may still be open for writing by nobody that matters.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// When the checksum of a sealed layer's map is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -268,8 +273,7 @@ impl Image {
         let reader = self.directory().open(&name, Access::Read);
         let reader = reader.context(context)?;
         self.active.close_for_writing(reader);
-        let lease = self.active.data_file().take_lease();
-        let proof = match lease.context(context)? {
+        let proof = match self.take_lease().context(context)? {
             Lease::Granted => Proof::Lease,
             Lease::Unknown => Proof::None,
             Lease::Busy => return Err(still_open(&name)),
@@ -278,6 +282,19 @@ impl Image {
         // another address in front of them from now on.
         self.flush()?;
         Ok(proof)
+    }
+
+    /// A child that a threaded program starts has copies of its descriptors until it executes its own program: such a writer
+    /// is given a moment to go.
+    fn take_lease(&self) -> std::io::Result<Lease> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            let lease = self.active.data_file().take_lease()?;
+            if lease != Lease::Busy || Instant::now() >= deadline {
+                return Ok(lease);
+            }
+            std::thread::sleep(GRACE / 20);
+        }
     }
 
     /// The proof still stands. The lease goes with the file, once the image goes on with another layer.

@@ -10,12 +10,14 @@ use pcow_format::medium::Domain;
 use pcow_format::root::{self, Kind};
 use pcow_format::{ErrorKind, Stored, holder};
 use serde::Serialize;
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::cli::Global;
 use crate::console::Console;
 use crate::failure::{Doing, Failure, one_line};
 use crate::layers::{self, LayerInfo};
+use crate::live::Backend;
 use crate::open;
 use crate::size::Bytes;
 use crate::snapshots::SnapshotInfo;
@@ -72,10 +74,53 @@ struct ImageInfo {
     dax_hindrance: Option<String>,
     /// The process that has the image open for writing, or null.
     in_use_by: Option<String>,
+    /// What the backend that serves the image says of itself; null if none does.
+    backend: Option<BackendInfo>,
     /// What keeps the disk from being read now.
     problems: Vec<String>,
     #[serde(skip)]
     picture: Vec<String>,
+}
+
+/// A backend, as it says.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct BackendInfo {
+    /// Its process.
+    process: u64,
+    /// Whether a frontend is attached.
+    attached: bool,
+    /// What `query-stats` of docs/control.md says of the session; null without one.
+    session: Value,
+}
+
+impl BackendInfo {
+    fn new(mut backend: Backend) -> Option<Self> {
+        let session = backend.ask("query-stats")?["session"].take();
+        Some(Self {
+            process: backend.process(),
+            attached: !session.is_null(),
+            session,
+        })
+    }
+}
+
+impl fmt::Display for BackendInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}, ", self.process)?;
+        if !self.attached {
+            return f.write_str("no frontend attached");
+        }
+        let direction = self.session["direction"].as_str().unwrap_or("not known");
+        write!(
+            f,
+            "frontend attached, loads and stores told apart: {direction}"
+        )?;
+        match self.session["waiting"].as_u64() {
+            Some(0) | None => Ok(()),
+            Some(n) => write!(f, "; the guest waits at {n} places, most often for space"),
+        }
+    }
 }
 
 /// A base of the active layer.
@@ -109,8 +154,9 @@ impl Info {
     /// Shows the image.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
         let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
-        let info = ImageInfo::new(&stored, &self.image)
+        let mut info = ImageInfo::new(&stored, &self.image)
             .doing(|| format!("{PURPOSE} {}", self.image.display()))?;
+        info.backend = Backend::find_to_ask(&self.image, global).and_then(BackendInfo::new);
         console.show(&info)
     }
 }
@@ -147,6 +193,7 @@ impl ImageInfo {
             snapshots: root.snapshots.iter().map(SnapshotInfo::from).collect(),
             persistence_domain: domain.map(Domain::name),
             guest_flush_is_durable: domain.map(|d| d == Domain::Dax),
+            backend: None,
             in_use_by: holder(stored.directory())?.map(|holder| holder.to_string()),
             dax_hindrance: hindrance(stored),
             problems,
@@ -277,6 +324,9 @@ impl fmt::Display for ImageInfo {
             row("not on DAX:", hindrance)?;
         }
         row("in use by:", &self.in_use_by.as_deref().unwrap_or("nobody"))?;
+        if let Some(backend) = &self.backend {
+            row("backend:", backend)?;
+        }
         for problem in &self.problems {
             row("problem:", problem)?;
         }

@@ -7,6 +7,7 @@ mod info;
 mod list;
 mod map;
 mod rebase;
+mod rename;
 mod rollback;
 mod snapshot;
 
@@ -24,6 +25,7 @@ pub enum Command {
     List(list::List),
     Snapshot(snapshot::Snapshot),
     Rollback(rollback::Rollback),
+    Rename(rename::Rename),
     Rebase(rebase::Rebase),
     Map(map::Map),
     Check(check::Check),
@@ -49,6 +51,7 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::List(c) => c.run(global, &mut console),
         Command::Snapshot(c) => c.run(global, &mut console),
         Command::Rollback(c) => c.run(global, &mut console),
+        Command::Rename(c) => c.run(global, &mut console),
         Command::Rebase(c) => c.run(global, &mut console),
         Command::Map(c) => c.run(global, &mut console),
         Command::Check(c) => return c.run(global, &mut console),

@@ -5,11 +5,13 @@ use std::fmt;
 use std::path::PathBuf;
 
 use clap::Args;
+use pcow_format::Holder;
 use serde::Serialize;
 
 use crate::cli::Global;
 use crate::console::Console;
-use crate::failure::{Doing, Failure};
+use crate::failure::{Doing, Failure, Status};
+use crate::live;
 use crate::open;
 use crate::snapshots::SnapshotInfo;
 
@@ -51,6 +53,9 @@ impl Rollback {
         let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
         // Before anything is locked: a refused command changes nothing.
         stored.root().snapshot(&self.snapshot).doing(context)?;
+        if let Some(Holder::Writer(writer)) = live::held_by(&stored, &self.image)? {
+            return Err(self.in_use(&writer.name));
+        }
         let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
         let target = image
             .root()
@@ -68,6 +73,20 @@ impl Rollback {
             snapshot: SnapshotInfo::from(&target),
             saved_as: saved_as.map(SnapshotInfo::from),
         })
+    }
+}
+
+impl Rollback {
+    /// A running guest would find another disk under its feet.
+    fn in_use(&self, holder: &str) -> Failure {
+        let (image, snapshot) = (self.image.display(), &self.snapshot);
+        Failure::Refused {
+            message: format!("{PURPOSE} {image}: it is in use by {holder}"),
+            advice: Some(format!(
+                "shut the virtual machine down and stop that process first, or boot a clone: pcow-img create --base {image}@{snapshot} CLONE"
+            )),
+            status: Status::Failed,
+        }
     }
 }
 

@@ -6,14 +6,19 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::cli::Global;
 use crate::console::Console;
-use crate::failure::{Doing, Failure};
+use crate::failure::{Doing, Failure, Status};
+use crate::live::Backend;
 use crate::open;
 use crate::snapshots::SnapshotInfo;
 
-/// Take a snapshot of an image that is not in use
+/// Take a snapshot
+///
+/// An image that is served is no obstacle: its backend does it, and the guest goes on running. What it stores afterwards is not
+/// in the snapshot, and nothing that it stored before is missing.
 #[derive(Debug, Args)]
 pub struct Snapshot {
     /// The image
@@ -45,13 +50,35 @@ impl Snapshot {
             let mut root = stored.root().clone();
             root.add_snapshot(name, root.active, 0).doing(context)?;
         }
-        let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
-        let number = image.snapshot(self.name.as_deref()).doing(context)?;
-        let taken = image.root().snapshot(&number.to_string()).doing(context)?;
-        let snapshot = SnapshotInfo::from(taken);
+        let snapshot = match Backend::find(&self.image, &stored, global)? {
+            Some(backend) => self.take_live(backend)?,
+            None => self.take(global)?,
+        };
         console.confirm(&Taken {
             filename: self.image,
             snapshot,
+        })
+    }
+
+    fn take(&self, global: &Global) -> Result<SnapshotInfo, Failure> {
+        let context = || format!("{PURPOSE} {}", self.image.display());
+        let mut image = open::for_writing(&self.image, &global.base_dirs, PURPOSE)?;
+        let number = image.snapshot(self.name.as_deref()).doing(context)?;
+        let taken = image.root().snapshot(&number.to_string()).doing(context)?;
+        Ok(SnapshotInfo::from(taken))
+    }
+
+    /// Of a guest that runs.
+    fn take_live(&self, mut backend: Backend) -> Result<SnapshotInfo, Failure> {
+        let arguments = json!({ "name": self.name });
+        let answer = backend.order("snapshot-create", arguments, PURPOSE)?;
+        SnapshotInfo::from_backend(&answer).ok_or_else(|| Failure::Refused {
+            message: format!(
+                "{PURPOSE} {}: the backend's answer says nothing",
+                self.image.display()
+            ),
+            advice: Some("see 'pcow-img list'".to_owned()),
+            status: Status::Failed,
         })
     }
 }

@@ -39,6 +39,7 @@ fn info_has_the_documented_fields() {
     let expected = [
         "actual-size",
         "allocation-unit",
+        "backend",
         "bases",
         "cluster-size",
         "exclusive-size",
@@ -81,7 +82,9 @@ fn info_has_the_documented_fields() {
         "filename",
         "image",
         "kind",
+        "map-checksum",
         "parent",
+        "proof",
         "shared-size",
         "snapshots",
         "uuid",
