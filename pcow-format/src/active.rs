@@ -274,6 +274,11 @@ impl Active {
         self.mark_data(run)
     }
 
+    /// Makes `run` data whose bytes are in the data file already, durably if the domain is DAX.
+    pub(crate) fn mark_shared(&self, run: ClusterRange) -> Result<()> {
+        self.mark_data(run)
+    }
+
     /// Makes `run`, absent here, read zero whatever the parent holds.
     ///
     /// # Errors

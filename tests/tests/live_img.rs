@@ -57,11 +57,13 @@ fn shape(value: &Value) -> Value {
 #[test]
 fn snapshot_list_and_rename_are_the_same_with_and_without_a_backend() {
     let place = Place::new();
-    let commands: [&[&str]; 4] = [
+    let commands: [&[&str]; 6] = [
         &["snapshot", "vm.pcow", "first"],
         &["snapshot", "vm.pcow"],
         &["rename", "vm.pcow", "2", "second"],
         &["list", "vm.pcow"],
+        &["snapshot", "vm.pcow", "third"],
+        &["delete", "vm.pcow", "second"],
     ];
     let offline = commands.map(|c| place.json(c));
     let place = Place::new();

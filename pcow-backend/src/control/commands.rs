@@ -37,6 +37,7 @@ const COMMANDS: &[Command] = &[
     ("query-layers", Operator::query_layers),
     ("query-stats", Operator::query_stats),
     ("snapshot-create", Operator::snapshot_create),
+    ("snapshot-delete", Operator::snapshot_delete),
     ("snapshot-rename", Operator::snapshot_rename),
     ("flush", Operator::flush),
     ("quit", |_, arguments| {
@@ -166,6 +167,15 @@ impl Operator {
             name: taken.name.clone(),
         });
         Ok(json!({ "snapshot": snapshot_row(taken), "layer": taken.layer, "proof": proof }))
+    }
+
+    fn snapshot_delete(&self, mut arguments: Arguments) -> Answer {
+        let target = arguments.needed("snapshot")?;
+        arguments.finish()?;
+        let _tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        let deleted = self.disk.delete_snapshot(&target).map_err(refusal)?;
+        log::info!("snapshot {} '{}' deleted", deleted.number, deleted.name);
+        Ok(json!({ "number": deleted.number, "copied-bytes": deleted.copied_bytes }))
     }
 
     fn snapshot_rename(&self, mut arguments: Arguments) -> Answer {

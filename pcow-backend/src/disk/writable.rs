@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use pcow_format::medium::{Domain, File};
-use pcow_format::ops::{Checksum, Prepared};
+use pcow_format::ops::{Checksum, Deleted, Prepared};
 use pcow_format::root::{Kind, Layer, Proof, Root};
 use pcow_format::{
     Cluster, ClusterRange, ClusterSize, Error, ErrorKind, HandedBack, Image, ImageLock, Result,
@@ -129,6 +129,26 @@ impl WritableDisk {
             image.adopt_root(root);
         }
         Ok(())
+    }
+
+    /// See [`Image::prepare_deletion`]; a guest goes on storing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn delete_snapshot(&self, target: &str) -> Result<Deleted> {
+        let deletion = {
+            let image = self.image();
+            let deletion = image.prepare_deletion(target, false)?;
+            image.commit_deletion(&deletion)?;
+            deletion
+        };
+        let old = {
+            // Only now, and for a moment. The new chain shows what the old one did, so that nothing that was resolved in
+            // between is wrong.
+            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            image.adopt_deletion(deletion)
+        };
+        self.image().finish_deletion(old)
     }
 
     /// See [`Image::write_renamed`].

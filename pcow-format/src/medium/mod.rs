@@ -139,6 +139,9 @@ pub trait File: Debug + Send + Sync {
     fn has_own_storage(&self, range: Range<u64>) -> io::Result<bool>;
     /// Gives storage back; the range reads zero afterwards.
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()>;
+    /// Shares all of `source`'s storage with this file, which is as long and empty (a reflink copy); false if the
+    /// filesystem cannot.
+    fn share_storage(&self, site: Site, source: &dyn File) -> io::Result<bool>;
     /// The first range at or after `from` that may hold something other than zeros, as far as the filesystem tells.
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
     /// Makes content, and the length needed to read it, durable (`fdatasync`).

@@ -361,6 +361,17 @@ impl File for RealFile {
         Ok(self.fallocate(flags, &range)?)
     }
 
+    fn share_storage(&self, _: Site, source: &dyn File) -> io::Result<bool> {
+        let Some(source) = source.as_real() else {
+            return Ok(false);
+        };
+        match rustix::fs::ioctl_ficlone(&self.file, source) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         // `seek` moves the shared file position, which nothing else uses.
         let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {

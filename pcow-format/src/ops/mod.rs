@@ -3,6 +3,7 @@
 //! a crash leaves the image as it was or as it will be.
 
 mod create;
+mod delete;
 mod rebase;
 mod rename;
 mod rollback;
@@ -14,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
 pub use create::{Base, Created, NewImage, create, create_in};
+pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use rollback::RolledBack;
 pub use snapshot::{Checksum, Prepared};
@@ -43,6 +45,13 @@ pub(crate) fn sweep(stored: &Stored) -> Result<()> {
         dir.unlink(Site("sweep.part.unlink"), ROOT_PART)
             .context(context)?;
     }
+    // What a deletion was about to make or to remove: it said so before.
+    for layer in marked_layers(&names) {
+        if stored.root().layer(layer).is_none() {
+            remove_layer_files(dir, layer)?;
+        }
+        delete::remove_mark(dir, layer)?;
+    }
     for layer in unnamed_layers(stored.root(), &names) {
         // What cannot be looked at is not removed, and no reason to refuse the image.
         if is_without_content(dir, layer).unwrap_or(false) {
@@ -52,6 +61,18 @@ pub(crate) fn sweep(stored: &Stored) -> Result<()> {
     Ok(())
 }
 
+/// Layers that a deletion has marked.
+fn marked_layers(names: &[String]) -> Vec<Uuid> {
+    let layer_of = |name: &String| layer_named(name.strip_suffix(delete::MARK)?);
+    names.iter().filter_map(layer_of).collect()
+}
+
+/// The layer that `stem` is the name of. Other spellings of a UUID are other people's files.
+fn layer_named(stem: &str) -> Option<Uuid> {
+    let uuid = Uuid::parse_str(stem).ok()?;
+    (uuid.to_string() == stem).then_some(uuid)
+}
+
 /// Layers of which there are files but no row in the layer table.
 pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
     let named: HashSet<_> = root.layers.iter().map(|l| l.uuid).collect();
@@ -59,9 +80,7 @@ pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
         let stem = name
             .strip_suffix(".map")
             .or_else(|| name.strip_suffix(".data"))?;
-        let uuid = Uuid::parse_str(stem).ok()?;
-        // Other spellings of a UUID are other people's files.
-        (uuid.to_string() == stem).then_some(uuid)
+        layer_named(stem)
     };
     let unnamed: HashSet<_> = names
         .iter()

@@ -136,6 +136,14 @@ impl Model {
         after
     }
 
+    /// That snapshot is gone; everything is durable with it.
+    #[must_use]
+    pub fn without_snapshot(&self, number: u64) -> Self {
+        let mut after = self.clone();
+        after.snapshots.retain(|(n, _)| *n != number);
+        after
+    }
+
     /// The disk shows `contents`, durably.
     #[must_use]
     pub fn with_disk(&self, contents: Contents) -> Self {

@@ -37,6 +37,8 @@ pub const OPERATIONS: &[Operation] = &[
     operation("snapshot", |r| r.snapshot()),
     operation("live snapshot", |r| r.live_snapshot()),
     operation("abandoned snapshot", |r| r.abandoned_snapshot()),
+    operation("delete", |r| r.delete()),
+    operation("delete below a sealed layer", |r| r.delete_merging()),
     operation("rollback", |r| r.rollback()),
     operation("rebase", |r| r.rebase()),
     operation("clone", |r| r.clone_image()),
@@ -230,6 +232,31 @@ impl<'a> Run<'a> {
             Ok(())
         })?;
         Ok(true)
+    }
+
+    /// The oldest snapshot.
+    fn delete(&mut self) -> Result<bool, String> {
+        let Some((number, _)) = self.model.snapshots.first().cloned() else {
+            return Ok(false);
+        };
+        self.delete_number(number)
+    }
+
+    fn delete_number(&mut self, number: u64) -> Result<bool, String> {
+        let after = self.model.without_snapshot(number);
+        self.change_tree(&[after], |image| {
+            image.delete_snapshot(&number.to_string()).map(drop)
+        })
+    }
+
+    /// Two layers that both hold something become one.
+    fn delete_merging(&mut self) -> Result<bool, String> {
+        self.store(ABSENT)?;
+        self.snapshot()?;
+        let number = self.model.snapshots.last().map(|(number, _)| *number);
+        self.store(ZERO)?;
+        self.snapshot()?;
+        self.delete_number(number.expect("it has just been taken"))
     }
 
     fn rollback(&mut self) -> Result<bool, String> {

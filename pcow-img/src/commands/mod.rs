@@ -3,6 +3,7 @@
 
 mod check;
 mod create;
+mod delete;
 mod info;
 mod list;
 mod map;
@@ -25,6 +26,7 @@ pub enum Command {
     List(list::List),
     Snapshot(snapshot::Snapshot),
     Rollback(rollback::Rollback),
+    Delete(delete::Delete),
     Rename(rename::Rename),
     Rebase(rebase::Rebase),
     Map(map::Map),
@@ -51,6 +53,7 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::List(c) => c.run(global, &mut console),
         Command::Snapshot(c) => c.run(global, &mut console),
         Command::Rollback(c) => c.run(global, &mut console),
+        Command::Delete(c) => c.run(global, &mut console),
         Command::Rename(c) => c.run(global, &mut console),
         Command::Rebase(c) => c.run(global, &mut console),
         Command::Map(c) => c.run(global, &mut console),

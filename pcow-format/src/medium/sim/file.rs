@@ -165,6 +165,10 @@ impl File for SimFile {
         let _ = self.act(site, Inner::fence);
     }
 
+    fn share_storage(&self, _: Site, _: &dyn File) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// The simulation has one process, whose writers are closed by whoever asks.
     fn take_lease(&self) -> io::Result<Lease> {
         Ok(Lease::Granted)
