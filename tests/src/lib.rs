@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod backend;
+pub mod causal;
 pub mod files;
 pub mod guest;
 pub mod loop_mount;

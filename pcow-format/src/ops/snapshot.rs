@@ -21,7 +21,7 @@ use crate::medium::{Access, Domain, Lease};
 use crate::root::{self, Layer, Proof, Root};
 
 /// How long a file may still be open for writing by nobody that matters.
-const GRACE: Duration = Duration::from_millis(200);
+const GRACE: Duration = Duration::from_secs(1);
 
 /// When the checksum of a sealed layer's map is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -293,7 +293,7 @@ impl Image {
             if lease != Lease::Busy || Instant::now() >= deadline {
                 return Ok(lease);
             }
-            std::thread::sleep(GRACE / 20);
+            std::thread::sleep(GRACE / 100);
         }
     }
 
