@@ -2,13 +2,15 @@
 //! What a crash can leave of a simulated filesystem: the choices that a power cut makes, and the result of making them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 
 use super::names::DirectoryNode;
 use super::state::{
-    Content, FileNode, Inode, Node, PAGE_BYTES, State, TOP, Versions, WORD_BYTES, content, raw,
+    Content, FileNode, Inode, Node, PAGE_BYTES, SECTOR_BYTES, State, TOP, Versions, WORD_BYTES,
+    content, raw,
 };
-use super::{Act, Settings, Sim};
+use super::{Act, Inner, Settings, Sim, Step, Tearing, WriteBack};
 use crate::medium::Domain;
 
 /// What a power cut decides by itself, independently of every other choice.
@@ -18,8 +20,8 @@ enum Undecided {
     Length,
     /// M2: which version of a page was written back last.
     Page(u64),
-    /// M8: which version of an aligned word (at this offset of a page) reached the medium.
-    Word(u64, usize),
+    /// M2, M8: which version of a sector or of an aligned word (at this offset of a page) reached the medium.
+    Part(u64, usize),
     /// M5: whether a change of names in a directory is kept, if those that it rests on are.
     Name(usize),
 }
@@ -40,18 +42,55 @@ impl Choice {
 }
 
 /// A filesystem right after an act.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Moment {
     act: Act,
+    step: Step,
     state: State,
+    /// Lines on their way to the medium.
+    started: Vec<WriteBack>,
     settings: Arc<Settings>,
 }
 
+impl fmt::Debug for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Moment").field("act", &self.act).finish()
+    }
+}
+
+/// Performs the acts of `moments` again, in that order, from `start` on; a moment for each of them.
+///
+/// `None` if one of them cannot be done there: it needs what another one makes.
+pub fn replay(start: &Moment, moments: &[Moment]) -> Option<Vec<Moment>> {
+    let mut inner = Inner {
+        state: start.state.clone(),
+        started: start.started.clone(),
+        recorded: None,
+        hooks: Vec::new(),
+        failing: Vec::new(),
+    };
+    let mut one = |m: &Moment| {
+        (m.step)(&mut inner).ok()?;
+        let mut after = m.clone();
+        after.state = inner.state.clone();
+        after.started.clone_from(&inner.started);
+        Some(after)
+    };
+    moments.iter().map(&mut one).collect()
+}
+
 impl Moment {
-    pub(super) fn new(act: Act, state: State, settings: Arc<Settings>) -> Self {
+    pub(super) fn new(
+        act: Act,
+        step: Step,
+        (state, started): (State, Vec<WriteBack>),
+        settings: Arc<Settings>,
+    ) -> Self {
         Self {
             act,
+            step,
             state,
+            started,
             settings,
         }
     }
@@ -78,7 +117,7 @@ impl Moment {
                 });
             };
             match self.state.node(inode) {
-                Node::File(file) => file_choices(file, self.settings.domain, &mut add),
+                Node::File(file) => file_choices(file, self.settings.unit(), &mut add),
                 Node::Directory(directory) => {
                     (0..directory.pending.len()).for_each(|i| add(Undecided::Name(i), 2));
                 }
@@ -98,7 +137,7 @@ impl Moment {
             Node::File(file) if file.is_settled() => None,
             Node::File(file) => {
                 let decisions = decided.remove(&inode).unwrap_or_default();
-                Some(Node::File(cut_file(file, &decisions)))
+                Some(Node::File(cut_file(file, &decisions, self.settings.unit())))
             }
             Node::Directory(directory) => {
                 let decisions = decided.remove(&inode).unwrap_or_default();
@@ -115,7 +154,7 @@ impl Moment {
         match choice.what {
             Undecided::Length => format!("{name}: length, {version}"),
             Undecided::Page(page) => format!("{name}: page {page}, {version}"),
-            Undecided::Word(page, at) => format!("{name}: page {page} byte {at}, {version}"),
+            Undecided::Part(page, at) => format!("{name}: page {page} byte {at}, {version}"),
             Undecided::Name(i) => {
                 let changes = &self.state.directory(choice.inode).pending[i].0;
                 let kept = if pick == 0 { "lost" } else { "kept" };
@@ -146,52 +185,60 @@ impl Moment {
 
 type Decisions = BTreeMap<Undecided, usize>;
 
-fn file_choices(file: &FileNode, domain: Domain, add: &mut impl FnMut(Undecided, usize)) {
+impl Settings {
+    /// What is torn within a page; `None` if nothing is.
+    fn unit(&self) -> Option<usize> {
+        match (self.domain, self.tearing) {
+            (Domain::Dax, _) => Some(WORD_BYTES),
+            (Domain::PageCache, Tearing::Sectors) => Some(SECTOR_BYTES),
+            (Domain::PageCache, Tearing::Pages) => None,
+        }
+    }
+}
+
+fn file_choices(file: &FileNode, unit: Option<usize>, add: &mut impl FnMut(Undecided, usize)) {
     if !file.len.is_settled() {
         add(Undecided::Length, file.len.count());
     }
     for (page, versions) in file.pages.iter().filter(|(_, v)| !v.is_settled()) {
-        let torn = match domain {
-            Domain::PageCache => BTreeSet::new(),
-            Domain::Dax => differing_words(versions),
-        };
+        let torn = unit.map_or_else(BTreeSet::new, |unit| differing_parts(versions, unit));
         if torn.is_empty() {
             add(Undecided::Page(*page), versions.count());
         }
         for at in torn {
-            add(Undecided::Word(*page, at), versions.count());
+            add(Undecided::Part(*page, at), versions.count());
         }
     }
 }
 
-/// Offsets of the words in which the versions of a page differ.
-fn differing_words(versions: &Versions<Content>) -> BTreeSet<usize> {
+/// Offsets of the parts of `unit` bytes in which the versions of a page differ.
+fn differing_parts(versions: &Versions<Content>, unit: usize) -> BTreeSet<usize> {
     let mut differing = BTreeSet::new();
     for number in 1..versions.count() {
         let (before, after) = (versions.version(number - 1), versions.version(number));
-        let words = (0..PAGE_BYTES).step_by(WORD_BYTES);
-        differing.extend(words.filter(|at| word(before, *at) != word(after, *at)));
+        let parts = (0..PAGE_BYTES).step_by(unit);
+        differing.extend(parts.filter(|at| part(before, *at, unit) != part(after, *at, unit)));
     }
     differing
 }
 
-fn word(page: &Content, at: usize) -> &[u8] {
-    page.as_ref()
-        .map_or(&[0; WORD_BYTES], |page| &page.raw[at..at + WORD_BYTES])
+fn part(page: &Content, at: usize, unit: usize) -> &[u8] {
+    let zeros = &[0; SECTOR_BYTES][..unit];
+    page.as_ref().map_or(zeros, |page| &page.raw[at..at + unit])
 }
 
-fn cut_file(file: &FileNode, decisions: &Decisions) -> FileNode {
+fn cut_file(file: &FileNode, decisions: &Decisions, unit: Option<usize>) -> FileNode {
     let pick = |what| decisions.get(&what).copied().unwrap_or(0);
     let len = *file.len.version(pick(Undecided::Length));
     let mut pages = BTreeMap::new();
     for (page, versions) in &file.pages {
         let torn: Vec<_> = decisions
-            .range(Undecided::Word(*page, 0)..Undecided::Word(*page + 1, 0))
+            .range(Undecided::Part(*page, 0)..Undecided::Part(*page + 1, 0))
             .collect();
         let kept = if torn.is_empty() {
             versions.version(pick(Undecided::Page(*page))).clone()
         } else {
-            tear(versions, &torn)
+            tear(versions, &torn, unit.unwrap_or(PAGE_BYTES))
         };
         if kept.is_some() {
             pages.insert(*page, Versions::new(kept));
@@ -203,16 +250,16 @@ fn cut_file(file: &FileNode, decisions: &Decisions) -> FileNode {
     }
 }
 
-fn tear(versions: &Versions<Content>, torn: &[(&Undecided, &usize)]) -> Content {
+fn tear(versions: &Versions<Content>, torn: &[(&Undecided, &usize)], unit: usize) -> Content {
     let untouched = torn.iter().all(|(_, pick)| **pick == 0);
     if untouched {
         return versions.version(0).clone();
     }
     let mut page = raw(versions.version(0));
     for (what, pick) in torn {
-        if let Undecided::Word(_, at) = what {
-            let from = word(versions.version(**pick), *at);
-            page[*at..*at + WORD_BYTES].copy_from_slice(from);
+        if let Undecided::Part(_, at) = what {
+            let from = part(versions.version(**pick), *at, unit);
+            page[*at..*at + unit].copy_from_slice(from);
         }
     }
     content(page)

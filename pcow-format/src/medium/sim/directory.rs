@@ -12,7 +12,7 @@ use super::{Inner, Sim, os_error};
 use crate::medium::real::RealDirectory;
 use crate::medium::{Access, Directory, File, Site};
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct SimDirectory {
     sim: Sim,
     inode: Inode,
@@ -68,25 +68,18 @@ impl SimDirectory {
         inner.state.directory_mut(self.inode).change(change);
     }
 
-    /// Performs an act on the name `on` that may be skipped.
+    /// Performs an act on the name `on`.
     fn act(
         &self,
         site: Site,
         on: &str,
-        act: impl FnOnce(&mut Inner) -> io::Result<()>,
+        act: impl Fn(&Self, &mut Inner, &str) -> io::Result<()> + Send + Sync + 'static,
     ) -> io::Result<()> {
-        self.sim.act(site, on, act).map(drop)
-    }
-
-    /// Performs an act whose result is needed.
-    fn make(
-        &self,
-        site: Site,
-        on: &str,
-        act: impl FnOnce(&mut Inner) -> io::Result<Inode>,
-    ) -> io::Result<Inode> {
-        let made = self.sim.act(site, on, act)?;
-        made.ok_or_else(|| io::Error::other("a call that opens something cannot be skipped"))
+        let (this, name) = (self.clone(), on.to_owned());
+        self.sim.act(site, on, move |inner| {
+            inner.check_made(this.inode)?;
+            act(&this, inner, &name)
+        })
     }
 
     fn opened(&self, inode: Inode, name: &str) -> Arc<dyn Directory> {
@@ -106,22 +99,24 @@ impl Directory for SimDirectory {
     }
 
     fn create(&self, site: Site, name: &str) -> io::Result<Arc<dyn File>> {
-        let inode = self.make(site, name, |inner| {
-            self.absent(inner, name)?;
-            let inode = inner.state.add_file();
-            self.change(inner, &[(name, Some(inode))]);
-            Ok(inode)
+        let inode = self.sim.next_inode(site)?;
+        self.act(site, name, move |this, inner, name| {
+            this.absent(inner, name)?;
+            inner.state.add_file(inode);
+            this.change(inner, &[(name, Some(inode))]);
+            Ok(())
         })?;
         let file = SimFile::new(self.sim.clone(), inode, name, Access::Write);
         Ok(Arc::new(file))
     }
 
     fn rename(&self, site: Site, from: &str, to: &str) -> io::Result<()> {
-        self.act(site, to, |inner| {
-            let inode = self.file(inner, from)?;
+        let from = from.to_owned();
+        self.act(site, to, move |this, inner, to| {
+            let inode = this.file(inner, &from)?;
             // rename(2): two names of one file stay as they are.
-            if self.file(inner, to).ok() != Some(inode) {
-                self.change(inner, &[(from, None), (to, Some(inode))]);
+            if this.file(inner, to).ok() != Some(inode) {
+                this.change(inner, &[(&from, None), (to, Some(inode))]);
             }
             Ok(())
         })
@@ -130,26 +125,27 @@ impl Directory for SimDirectory {
     fn link(&self, site: Site, source: &dyn Directory, from: &str, to: &str) -> io::Result<()> {
         let source = source.as_any().downcast_ref::<SimDirectory>();
         let same = source.filter(|s| Arc::ptr_eq(&s.sim.inner, &self.sim.inner));
-        let source = same.ok_or_else(|| os_error(libc::EXDEV))?;
-        self.act(site, to, |inner| {
-            let inode = source.file(inner, from)?;
-            self.absent(inner, to)?;
-            self.change(inner, &[(to, Some(inode))]);
+        let source = same.ok_or_else(|| os_error(libc::EXDEV))?.clone();
+        let from = from.to_owned();
+        self.act(site, to, move |this, inner, to| {
+            let inode = source.file(inner, &from)?;
+            this.absent(inner, to)?;
+            this.change(inner, &[(to, Some(inode))]);
             Ok(())
         })
     }
 
     fn unlink(&self, site: Site, name: &str) -> io::Result<()> {
-        self.act(site, name, |inner| {
-            self.file(inner, name)?;
-            self.change(inner, &[(name, None)]);
+        self.act(site, name, |this, inner, name| {
+            this.file(inner, name)?;
+            this.change(inner, &[(name, None)]);
             Ok(())
         })
     }
 
     fn sync(&self, site: Site) -> io::Result<()> {
-        self.act(site, &self.name, |inner| {
-            inner.state.settle_directory(self.inode);
+        self.act(site, &self.name, |this, inner, _| {
+            inner.state.settle_directory(this.inode);
             Ok(())
         })
     }
@@ -164,31 +160,33 @@ impl Directory for SimDirectory {
     }
 
     fn create_dir(&self, site: Site, name: &str) -> io::Result<Arc<dyn Directory>> {
-        let inode = self.make(site, name, |inner| {
-            self.absent(inner, name)?;
-            let inode = inner.state.add_directory(self.inode);
-            self.change(inner, &[(name, Some(inode))]);
-            Ok(inode)
+        let inode = self.sim.next_inode(site)?;
+        self.act(site, name, move |this, inner, name| {
+            this.absent(inner, name)?;
+            inner.state.add_directory(inode, this.inode);
+            this.change(inner, &[(name, Some(inode))]);
+            Ok(())
         })?;
         Ok(self.opened(inode, name))
     }
 
     fn rename_dir(&self, site: Site, from: &str, to: &str) -> io::Result<()> {
-        self.act(site, to, |inner| {
-            let inode = self.directory(inner, from)?;
-            self.absent(inner, to)?;
-            self.change(inner, &[(from, None), (to, Some(inode))]);
+        let from = from.to_owned();
+        self.act(site, to, move |this, inner, to| {
+            let inode = this.directory(inner, &from)?;
+            this.absent(inner, to)?;
+            this.change(inner, &[(&from, None), (to, Some(inode))]);
             Ok(())
         })
     }
 
     fn remove_dir(&self, site: Site, name: &str) -> io::Result<()> {
-        self.act(site, name, |inner| {
-            let inode = self.directory(inner, name)?;
+        self.act(site, name, |this, inner, name| {
+            let inode = this.directory(inner, name)?;
             if !inner.state.directory(inode).now.is_empty() {
                 return Err(os_error(libc::ENOTEMPTY));
             }
-            self.change(inner, &[(name, None)]);
+            this.change(inner, &[(name, None)]);
             Ok(())
         })
     }

@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 
-use super::state::{Inode, LINE_BYTES, PAGE_BYTES, WORD_BYTES};
+use super::state::{FileNode, Inode, LINE_BYTES, PAGE_BYTES, WORD_BYTES};
 use super::{Inner, Sim, WriteBack, os_error};
 use crate::medium::{Access, Domain, File, Identity, Lease, Site, Status};
 use crate::units::{bytes, len};
@@ -28,19 +28,29 @@ impl SimFile {
     }
 
     /// One act that changes the file; `EBADF` if it was opened for reading.
-    fn change(&self, site: Site, change: impl FnOnce(&mut Inner)) -> io::Result<()> {
+    fn change(
+        &self,
+        site: Site,
+        change: impl Fn(&mut FileNode) + Send + Sync + 'static,
+    ) -> io::Result<()> {
         if self.access == Access::Read {
             return Err(os_error(libc::EBADF));
         }
-        self.act(site, change)
+        let inode = self.inode;
+        self.act(site, move |inner| change(inner.state.file_mut(inode)))
     }
 
-    fn act(&self, site: Site, change: impl FnOnce(&mut Inner)) -> io::Result<()> {
-        let done = self.sim.act(site, &self.name, |inner| {
+    fn act(
+        &self,
+        site: Site,
+        change: impl Fn(&mut Inner) + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        let inode = self.inode;
+        self.sim.act(site, &self.name, move |inner| {
+            inner.check_made(inode)?;
             change(inner);
             Ok(())
-        });
-        done.map(drop)
+        })
     }
 
     fn check_mapped_word(&self, offset: u64) -> io::Result<()> {
@@ -77,22 +87,19 @@ impl File for SimFile {
     }
 
     fn write_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.change(site, |inner| {
-            inner.state.file_mut(self.inode).write(buf, offset);
-        })
+        let buf: Vec<u8> = buf.to_vec();
+        self.change(site, move |file| file.write(&buf, offset))
     }
 
     fn write_durable_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {
         // Two acts: a cut may come while the bytes are on their way.
         self.write_at(site, buf, offset)?;
         let range = offset..offset + bytes(buf.len());
-        self.change(site, |inner| {
-            inner.state.file_mut(self.inode).settle_range(range);
-        })
+        self.change(site, move |file| file.settle_range(range.clone()))
     }
 
     fn set_len(&self, site: Site, len: u64) -> io::Result<()> {
-        self.change(site, |inner| inner.state.file_mut(self.inode).set_len(len))
+        self.change(site, move |file| file.set_len(len))
     }
 
     fn reserve(&self, site: Site, _: Range<u64>) -> io::Result<()> {
@@ -101,7 +108,7 @@ impl File for SimFile {
     }
 
     fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()> {
-        self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
+        self.change(site, move |file| file.clear(range.clone()))
     }
 
     fn write_zeros_durable(&self, site: Site, range: Range<u64>) -> io::Result<()> {
@@ -119,7 +126,7 @@ impl File for SimFile {
     }
 
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()> {
-        self.change(site, |inner| inner.state.file_mut(self.inode).clear(range))
+        self.change(site, move |file| file.clear(range.clone()))
     }
 
     fn leave_room(&self, _: &Range<u64>) -> io::Result<()> {
@@ -131,7 +138,9 @@ impl File for SimFile {
     }
 
     fn sync_data(&self, site: Site) -> io::Result<()> {
-        self.act(site, |inner| inner.state.file_mut(self.inode).settle())
+        let inode = self.inode;
+        let done = self.act(site, move |inner| inner.state.file_mut(inode).settle());
+        done.inspect_err(|_| self.sim.lock().state.file_mut(inode).mark_clean())
     }
 
     fn domain(&self) -> io::Result<Domain> {
@@ -147,11 +156,12 @@ impl File for SimFile {
         self.check_mapped_word(offset)?;
         let page = offset / bytes(PAGE_BYTES);
         let line = len(offset % bytes(PAGE_BYTES)) / LINE_BYTES * LINE_BYTES;
-        self.change(site, |inner| {
-            let versions = inner.state.file_mut(self.inode).page(page);
+        let inode = self.inode;
+        self.act(site, move |inner| {
+            let versions = inner.state.file_mut(inode).page(page);
             let (version, epoch) = (versions.count() - 1, versions.epoch);
             inner.started.push(WriteBack {
-                inode: self.inode,
+                inode,
                 page,
                 line,
                 version,

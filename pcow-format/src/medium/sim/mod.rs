@@ -6,6 +6,9 @@
 //! (nothing is lost) or after a power cut, where each [`Choice`] decides what survived. What it allows a power cut to do
 //! are the media assumptions of `docs/image-format.md`; the comments here cite their numbers.
 //!
+//! Every act can be performed again on another state, so that the acts of a run can be replayed in another order
+//! ([`replay`]). A hook ([`Sim::beside`]) does what another thread would do just then.
+//!
 //! It knows files and names, not layers or clusters. It has no locks. Write-backs are fenced by whichever thread asks:
 //! use it from one.
 
@@ -16,6 +19,7 @@ mod names;
 mod state;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,7 +27,7 @@ use super::{Directory, Domain, Site};
 use directory::SimDirectory;
 use state::{Inode, State, TOP};
 
-pub use crash::{Choice, Moment};
+pub use crash::{Choice, Moment, replay};
 
 /// One call through the seam that changes something.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,19 +45,56 @@ pub struct Sim {
     settings: Arc<Settings>,
 }
 
+/// In which pieces a power cut takes back what was written to the page cache (M2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tearing {
+    /// Whole pages.
+    Pages,
+    /// Sectors of 512 bytes.
+    Sectors,
+}
+
 /// What stays the same across crashes.
 #[derive(Debug, Clone)]
 struct Settings {
     domain: Domain,
+    tearing: Tearing,
     /// Calls that return without doing anything.
     skipped: BTreeSet<Site>,
 }
 
-#[derive(Debug)]
+/// What an act does, to any state.
+type Step = Arc<dyn Fn(&mut Inner) -> io::Result<()> + Send + Sync>;
+
 struct Inner {
     state: State,
     started: Vec<WriteBack>,
     recorded: Option<Vec<Moment>>,
+    hooks: Vec<Hook>,
+    /// Calls that are to fail, and how.
+    failing: Vec<(Site, i32)>,
+}
+
+/// What another thread does beside the next act at a site.
+struct Hook {
+    site: Site,
+    when: When,
+    run: Box<dyn FnOnce() + Send>,
+}
+
+/// On which side of an act something happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// Right before it.
+    Before,
+    /// Right after it.
+    After,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inner").field("state", &self.state).finish()
+    }
 }
 
 /// A cache line whose write-back was started and not fenced yet.
@@ -71,6 +112,7 @@ impl Sim {
     pub fn new(domain: Domain) -> Self {
         let settings = Settings {
             domain,
+            tearing: Tearing::Pages,
             skipped: BTreeSet::new(),
         };
         Self::with(State::new(), Arc::new(settings))
@@ -81,6 +123,8 @@ impl Sim {
             state,
             started: Vec::new(),
             recorded: None,
+            hooks: Vec::new(),
+            failing: Vec::new(),
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -94,8 +138,46 @@ impl Sim {
         let settings = Settings {
             domain,
             skipped: site.into_iter().collect(),
+            ..*self.settings
         };
         Self::with(self.lock().state.clone(), Arc::new(settings))
+    }
+
+    /// A copy whose pages are torn like that.
+    #[must_use]
+    pub fn with_tearing(&self, tearing: Tearing) -> Self {
+        let settings = Settings {
+            tearing,
+            ..(*self.settings).clone()
+        };
+        Self::with(self.lock().state.clone(), Arc::new(settings))
+    }
+
+    /// Has `run` done beside the next act at `site`, as by another thread.
+    pub fn beside(&self, site: Site, when: When, run: impl FnOnce() + Send + 'static) {
+        let run = Box::new(run);
+        self.lock().hooks.push(Hook { site, when, run });
+    }
+
+    /// Makes the next call at `site` fail with the error number `code`; nothing of it is done. A sync that fails takes
+    /// what it did not write for written (M14).
+    pub fn fail(&self, site: Site, code: i32) {
+        self.lock().failing.push((site, code));
+    }
+
+    /// Forgets hooks and failures that were not reached; returns how many those were.
+    pub fn forget_plans(&self) -> usize {
+        let mut inner = self.lock();
+        let plans = inner.hooks.len() + inner.failing.len();
+        inner.hooks.clear();
+        inner.failing.clear();
+        plans
+    }
+
+    /// M14: write-back of the files called `name` fails. What they hold is taken for written from now on: a sync makes
+    /// durable only what is written after this.
+    pub fn fail_write_back(&self, name: &str) {
+        self.lock().state.mark_clean(name);
     }
 
     /// The top directory.
@@ -124,7 +206,7 @@ impl Sim {
             site: Site("now"),
             on: String::new(),
         };
-        self.moment(&self.lock(), act)
+        self.moment(&self.lock(), act, Arc::new(|_| Ok(())))
     }
 
     /// A digest of all names and contents as they are now.
@@ -139,36 +221,82 @@ impl Sim {
         Some(inner.state.fingerprint(*inode))
     }
 
-    fn moment(&self, inner: &Inner, act: Act) -> Moment {
-        Moment::new(act, inner.state.clone(), Arc::clone(&self.settings))
+    fn moment(&self, inner: &Inner, act: Act, step: Step) -> Moment {
+        let (state, started) = (inner.state.clone(), inner.started.clone());
+        Moment::new(act, step, (state, started), Arc::clone(&self.settings))
     }
 
     /// Performs and records one act, unless its site is to be skipped.
-    fn act<T>(
+    fn act(
         &self,
         site: Site,
         on: &str,
-        act: impl FnOnce(&mut Inner) -> io::Result<T>,
-    ) -> io::Result<Option<T>> {
+        step: impl Fn(&mut Inner) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<()> {
         if self.settings.skipped.contains(&site) {
-            return Ok(None);
+            return Ok(());
         }
-        let mut inner = self.lock();
-        let result = act(&mut inner)?;
-        if inner.recorded.is_some() {
-            let act = Act {
-                site,
-                on: on.to_owned(),
-            };
-            let moment = self.moment(&inner, act);
-            inner.recorded.get_or_insert_default().push(moment);
+        self.lock().fail_if_due(site)?;
+        self.run_hooks(site, When::Before);
+        {
+            let mut inner = self.lock();
+            step(&mut inner)?;
+            if inner.recorded.is_some() {
+                let on = on.to_owned();
+                let moment = self.moment(&inner, Act { site, on }, Arc::new(step));
+                inner.recorded.get_or_insert_default().push(moment);
+            }
         }
-        Ok(Some(result))
+        self.run_hooks(site, When::After);
+        Ok(())
+    }
+
+    fn run_hooks(&self, site: Site, when: When) {
+        let due = self.lock().due(site, when);
+        // Without the lock: they make calls of their own.
+        due.into_iter().for_each(|hook| (hook.run)());
+    }
+
+    /// The number that the next file or directory gets.
+    fn next_inode(&self, site: Site) -> io::Result<Inode> {
+        if self.settings.skipped.contains(&site) {
+            return Err(io::Error::other(
+                "a call that opens something cannot be skipped",
+            ));
+        }
+        Ok(self.lock().state.next_inode())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A test that panicked inside a call has failed anyway.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// In a replay an act may come before the one that made its file.
+    fn check_made(&self, inode: Inode) -> io::Result<()> {
+        if self.state.has(inode) {
+            return Ok(());
+        }
+        Err(os_error(libc::ENOENT))
+    }
+
+    fn fail_if_due(&mut self, site: Site) -> io::Result<()> {
+        let due = self.failing.iter().position(|(s, _)| *s == site);
+        due.map_or(Ok(()), |i| Err(os_error(self.failing.remove(i).1)))
+    }
+
+    /// Takes out the hooks of `site`.
+    fn due(&mut self, site: Site, when: When) -> Vec<Hook> {
+        if self.hooks.is_empty() {
+            return Vec::new();
+        }
+        let hooks = std::mem::take(&mut self.hooks);
+        let is_due = |h: &Hook| h.site == site && h.when == when;
+        let (due, rest) = hooks.into_iter().partition(is_due);
+        self.hooks = rest;
+        due
     }
 }
 

@@ -15,6 +15,8 @@ pub(super) const PAGE_BYTES: usize = 4096;
 pub(super) const WORD_BYTES: usize = 8;
 /// Unit of a cache-line write-back.
 pub(super) const LINE_BYTES: usize = 64;
+/// Unit in which a disk may tear a page.
+pub(super) const SECTOR_BYTES: usize = 512;
 
 /// Number of a file or directory.
 pub(super) type Inode = u64;
@@ -59,6 +61,8 @@ pub(super) struct Versions<T> {
     later: Vec<T>,
     /// How often it was settled: tells whether a version number is still the same version.
     pub(super) epoch: u64,
+    /// Its write-back has failed, and it counts as written until it is changed again.
+    clean: bool,
 }
 
 impl<T: Clone + PartialEq> Versions<T> {
@@ -67,6 +71,7 @@ impl<T: Clone + PartialEq> Versions<T> {
             durable,
             later: Vec::new(),
             epoch: 0,
+            clean: false,
         }
     }
 
@@ -77,7 +82,12 @@ impl<T: Clone + PartialEq> Versions<T> {
     pub(super) fn set(&mut self, value: T) {
         if *self.now() != value {
             self.later.push(value);
+            self.clean = false;
         }
+    }
+
+    pub(super) fn mark_clean(&mut self) {
+        self.clean = !self.is_settled();
     }
 
     /// How many versions a power cut may leave; version 0 is the durable one.
@@ -96,8 +106,11 @@ impl<T: Clone + PartialEq> Versions<T> {
         self.later.is_empty()
     }
 
-    /// Makes the present value durable.
+    /// Makes the present value durable, unless it is taken for durable already.
     pub(super) fn settle(&mut self) {
+        if self.clean {
+            return;
+        }
         if let Some(now) = self.later.pop() {
             self.durable = now;
             self.later.clear();
@@ -220,6 +233,11 @@ impl FileNode {
         self.len.settle();
     }
 
+    /// M14: what the file holds counts as written.
+    pub(super) fn mark_clean(&mut self) {
+        self.pages.values_mut().for_each(Versions::mark_clean);
+    }
+
     pub(super) fn is_settled(&self) -> bool {
         self.len.is_settled() && self.pages.values().all(Versions::is_settled)
     }
@@ -281,23 +299,43 @@ impl State {
             nodes: BTreeMap::new(),
             next: TOP,
         };
-        state.add_directory(TOP);
+        state.add_directory(TOP, TOP);
         state
     }
 
-    pub(super) fn add_file(&mut self) -> Inode {
-        self.add(Node::File(FileNode::new()))
+    pub(super) fn next_inode(&self) -> Inode {
+        self.next
     }
 
-    pub(super) fn add_directory(&mut self, parent: Inode) -> Inode {
-        self.add(Node::Directory(DirectoryNode::new(parent)))
+    pub(super) fn add_file(&mut self, inode: Inode) {
+        self.add(inode, Node::File(FileNode::new()));
     }
 
-    fn add(&mut self, node: Node) -> Inode {
-        let inode = self.next;
-        self.next += 1;
+    pub(super) fn add_directory(&mut self, inode: Inode, parent: Inode) {
+        self.add(inode, Node::Directory(DirectoryNode::new(parent)));
+    }
+
+    fn add(&mut self, inode: Inode, node: Node) {
+        self.next = self.next.max(inode + 1);
         self.nodes.insert(inode, Arc::new(node));
-        inode
+    }
+
+    /// Whether there is such a file or directory, named or not.
+    pub(super) fn has(&self, inode: Inode) -> bool {
+        self.nodes.contains_key(&inode)
+    }
+
+    /// Takes what the files called `name` hold for written, in whatever directories they are.
+    pub(super) fn mark_clean(&mut self, name: &str) {
+        let directories = self.nodes.values().filter_map(|n| match n.as_ref() {
+            Node::Directory(d) => d.now.get(name).copied(),
+            Node::File(_) => None,
+        });
+        for inode in directories.collect::<BTreeSet<_>>() {
+            if let Node::File(file) = self.node_mut(inode) {
+                file.mark_clean();
+            }
+        }
     }
 
     pub(super) fn node(&self, inode: Inode) -> &Node {
