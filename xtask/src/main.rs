@@ -10,6 +10,7 @@ mod arch;
 mod bench;
 mod boot;
 mod cache;
+mod crash;
 mod demo;
 mod error;
 mod guest;
@@ -54,6 +55,8 @@ enum Task {
     Guest(guest::Arguments),
     /// Run what needs real KVM and real DAX filesystems, in an emulated host that has both
     Lab(lab::Arguments),
+    /// Search for crashes that break a promise of the image format
+    Crash(crash::Arguments),
     /// Measure what pcow costs, and print tables
     Bench(bench::Arguments),
     /// Kill the backend again and again under load, and count what is wrong afterwards
@@ -81,6 +84,7 @@ impl Task {
             Self::Qemu(arguments) => qemu::command(&cache, &arguments),
             Self::Guest(arguments) => guest::command(&cache, &arguments),
             Self::Lab(arguments) => lab::command(&cache, &arguments),
+            Self::Crash(arguments) => crash::command(&arguments),
             Self::Bench(arguments) => bench::command(&cache, &arguments),
             Self::Soak(arguments) => soak::command(&arguments),
             Self::Demo(arguments) => demo::command(&cache, &arguments),

@@ -1,19 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Faults that the search found, each told and held by itself.
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
 use pcow_format::{Cluster, ErrorKind, Image, data_name};
 
-use crate::model::{ABSENT, BASE, CLUSTER_BYTES, LEFTOVER};
-use crate::setting::{self, IMAGE, Setting};
-use crate::workload::other_base;
+use pcow_crash::model::CLUSTER_BYTES;
+use pcow_crash::setting::{self, IMAGE, SCENES, Setting};
+use pcow_crash::workload::other_base;
+
+/// In no layer.
+const ABSENT: u64 = 300;
+/// Data in both bases.
+const BASE: u64 = 2;
+/// In no layer, but the active data file holds bytes of a copy that was cut off.
+const LEFTOVER: u64 = 40;
 
 const STORED: u64 = 0x5707_ed00;
 
 /// An image under test, opened on a medium of `domain`.
 fn start(domain: Domain) -> (Sim, Image, u128) {
-    let setting = Setting::new(domain, domain, None);
+    let plain = |s: &&setting::Scene| s.created_in == domain && s.used_in == domain;
+    let setting = Setting::new(SCENES.iter().find(plain).unwrap(), None);
     let sim = setting.start.process_death();
     let image = setting::open(&sim, IMAGE, setting.boot).unwrap();
     (sim, image, setting.boot)

@@ -6,28 +6,94 @@ use std::sync::Arc;
 
 /// Size of the clusters of the image under test: two pages, so that a copied cluster can be written back in part.
 pub const CLUSTER_BYTES: u64 = 8 << 10;
+/// Bytes that are compared at once.
+const LINE_BYTES: usize = 64;
 /// Bytes of a store.
 pub const WORD_BYTES: usize = 8;
 
-/// The clusters that workloads touch, by what they are at first.
-pub const TRACKED: [u64; 5] = [ABSENT, BASE, ZERO, QUIET, LEFTOVER];
-/// In no layer; its word lies in another cache line than the others'.
-pub const ABSENT: u64 = 300;
-/// Data in both bases.
-pub const BASE: u64 = 2;
-/// Data in the lower base, zero in the active layer.
-pub const ZERO: u64 = 3;
-/// Data in the lower base; never stored to.
-pub const QUIET: u64 = 5;
+/// What a tracked cluster is at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// In no layer.
+    Absent,
+    /// Data in both bases.
+    Base,
+    /// Data in the lower base, zero in the active layer.
+    Zero,
+    /// Data in the lower base, and not stored to by itself.
+    Quiet,
+    /// In no layer, but the active data file holds bytes of a copy that was cut off.
+    Leftover,
+    /// Data in the lower base; stored to while something else goes on.
+    Late,
+}
 
-/// In no layer, but the active data file holds bytes of a copy that was cut off.
-pub const LEFTOVER: u64 = 40;
+/// A disk, and those of its clusters that are looked at.
+#[derive(Debug)]
+pub struct Plan {
+    /// Size of the disk.
+    pub bytes: u64,
+    /// The tracked clusters.
+    pub clusters: &'static [(u64, Role)],
+}
+
+impl Plan {
+    /// Index of the first tracked cluster with that role.
+    pub fn first(&self, role: Role) -> usize {
+        let place = self.clusters.iter().position(|(_, r)| *r == role);
+        place.expect("every plan has every role")
+    }
+
+    /// Number of the tracked cluster with that index.
+    pub fn cluster(&self, index: usize) -> u64 {
+        self.clusters[index].0
+    }
+
+    /// Numbers of the clusters with that role.
+    pub fn with(&self, role: Role) -> impl Iterator<Item = u64> {
+        let of_role = self.clusters.iter().filter(move |(_, r)| *r == role);
+        of_role.map(|(cluster, _)| *cluster)
+    }
+}
+
+/// One page of map, three of its words, two of its cache lines.
+pub static SMALL: Plan = Plan {
+    bytes: 4 << 20,
+    clusters: &[
+        (300, Role::Absent),
+        (2, Role::Base),
+        (3, Role::Zero),
+        (5, Role::Quiet),
+        (40, Role::Leftover),
+        (6, Role::Late),
+    ],
+};
+
+/// Two pages of map, so that one of them can be written back without the other.
+pub static WIDE: Plan = Plan {
+    bytes: 256 << 20,
+    clusters: &[
+        (300, Role::Absent),
+        (301, Role::Absent),
+        (16385, Role::Absent),
+        (20000, Role::Absent),
+        (2, Role::Base),
+        (4, Role::Base),
+        (16390, Role::Base),
+        (3, Role::Zero),
+        (20002, Role::Zero),
+        (8, Role::Quiet),
+        (40, Role::Leftover),
+        (20040, Role::Leftover),
+        (6, Role::Late),
+    ],
+};
 
 /// The bytes of the tracked clusters, one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents(pub Vec<Arc<Vec<u8>>>);
 
-/// A word of a tracked cluster: index into [`TRACKED`] and byte offset in the cluster.
+/// A word of a tracked cluster: index in the [`Plan`] and byte offset in the cluster.
 pub type Place = (usize, usize);
 
 /// A disk as its guest knows it.
@@ -41,6 +107,7 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// A disk that shows `contents`, durably.
     pub fn new(contents: Contents) -> Self {
         Self {
             promised: contents.clone(),
@@ -49,10 +116,12 @@ impl Disk {
         }
     }
 
+    /// What it shows.
     pub fn now(&self) -> &Contents {
         &self.now
     }
 
+    /// The guest stores a word.
     pub fn store(&mut self, place: Place, value: u64) {
         put(&mut self.now, place, value);
         self.later.entry(place).or_default().push(value);
@@ -80,8 +149,7 @@ impl Disk {
                 if !later.is_some_and(|l| l.contains(&value)) {
                     let promised = word(promised, at);
                     return Err(format!(
-                        "cluster {} byte {at}: found {value:#x}, promised {promised:#x}, stored since {later:x?}",
-                        TRACKED[index]
+                        "tracked cluster {index} byte {at}: found {value:#x}, promised {promised:#x}, stored since {later:x?}"
                     ));
                 }
             }
@@ -95,8 +163,7 @@ pub fn check_equal(what: &str, found: &Contents, expected: &Contents) -> Result<
     for (index, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
         if let Some(at) = differing_words(found, expected).next() {
             return Err(format!(
-                "{what}: cluster {} byte {at}: found {:#x}, expected {:#x}",
-                TRACKED[index],
+                "{what}: tracked cluster {index} byte {at}: found {:#x}, expected {:#x}",
                 word(found, at),
                 word(expected, at)
             ));
@@ -108,18 +175,25 @@ pub fn check_equal(what: &str, found: &Contents, expected: &Contents) -> Result<
 /// The image under test, and what was cloned from it.
 #[derive(Debug, Clone)]
 pub struct Model {
+    /// Its disk.
     pub disk: Disk,
+    /// Number and contents of each snapshot.
     pub snapshots: Vec<(u64, Contents)>,
+    /// Name and contents of each clone.
     pub clones: Vec<(String, Contents)>,
+    /// A flush has failed: nobody may open the image for writing (I7).
+    pub failed: bool,
     next_snapshot: u64,
 }
 
 impl Model {
+    /// An image without snapshots whose disk shows `contents`.
     pub fn new(contents: Contents) -> Self {
         Self {
             disk: Disk::new(contents),
             snapshots: Vec::new(),
             clones: Vec::new(),
+            failed: false,
             next_snapshot: 1,
         }
     }
@@ -153,6 +227,15 @@ impl Model {
         }
     }
 
+    /// A flush has failed.
+    #[must_use]
+    pub fn with_failed_flush(&self) -> Self {
+        Self {
+            failed: true,
+            ..self.clone()
+        }
+    }
+
     /// There is a clone of what the disk shows.
     #[must_use]
     pub fn with_clone(&self, name: &str) -> Self {
@@ -162,11 +245,50 @@ impl Model {
     }
 }
 
+/// What kind of value a word holds, whatever the value is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Zero.
+    Zero,
+    /// What was stored last.
+    Newest,
+    /// What was promised last.
+    Promised,
+    /// Something that was stored in between.
+    Older,
+}
+
+impl Disk {
+    /// The places where `found` is not as `first`, and what is there.
+    pub fn kinds(&self, found: &Contents, first: &Contents) -> Vec<(Place, Kind)> {
+        let mut kinds = Vec::new();
+        for (index, (found, first)) in found.0.iter().zip(&first.0).enumerate() {
+            for at in differing_words(found, first) {
+                let value = word(found, at);
+                let kind = if value == 0 {
+                    Kind::Zero
+                } else if value == word(&self.now.0[index], at) {
+                    Kind::Newest
+                } else if value == word(&self.promised.0[index], at) {
+                    Kind::Promised
+                } else {
+                    Kind::Older
+                };
+                kinds.push(((index, at), kind));
+            }
+        }
+        kinds
+    }
+}
+
+/// Page by page first: most are alike.
 fn differing_words<'a>(a: &'a [u8], b: &'a [u8]) -> Box<dyn Iterator<Item = usize> + 'a> {
     if a == b {
         return Box::new(std::iter::empty());
     }
-    let words = (0..a.len()).step_by(WORD_BYTES);
+    let lines = (0..a.len()).step_by(LINE_BYTES);
+    let lines = lines.filter(|at| a[*at..*at + LINE_BYTES] != b[*at..*at + LINE_BYTES]);
+    let words = lines.flat_map(|at| (at..at + LINE_BYTES).step_by(WORD_BYTES));
     Box::new(words.filter(|at| word(a, *at) != word(b, *at)))
 }
 

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask crash`: the search, and what it shows.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use pcow_crash::explorer::{Limits, Stats};
+use pcow_crash::search::{CLOSE, FAST, Recovered, WIDE, explore_long, explore_short, replay};
+use pcow_crash::setting::{SCENES, Setting};
+use pcow_crash::violation::{Trace, Violation};
+
+/// States that differ after recovery: in the test run, and in the long form.
+const STATES: u64 = 1_000_000;
+const LONG_STATES: u64 = 100_000_000;
+
+/// Searches for crashes that break a promise of the image format.
+///
+/// The last line says how many states were judged that differ after recovery (in layers, map words or readable content,
+/// whatever the payloads are), how many of them broke a promise, and how many there were in a second.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask crash", bin_name = "cargo xtask crash")]
+struct Arguments {
+    /// Search until 10^8 states differ after recovery, instead of 10^6
+    #[arg(long)]
+    long: bool,
+    /// Where chance starts from in long workloads
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// How many states are to differ after recovery
+    #[arg(long)]
+    states: Option<u64>,
+    /// Explore only what a violation named
+    #[arg(long, value_name = "TRACE")]
+    replay: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match &arguments.replay {
+        Some(text) => again(text),
+        None => search(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("{problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn again(text: &str) -> Result<(), String> {
+    let trace = Trace::parse(text).ok_or_else(|| format!("{text} is no trace"))?;
+    let stats = replay(&trace).map_err(|v| v.to_string())?;
+    println!("no violation in {} crash states", stats.states);
+    Ok(())
+}
+
+/// How close to look at workloads of one operation, of two, and of three. Three are for the two plain media: the others
+/// differ from them in what shorter workloads reach.
+fn limits(scene: &str) -> &'static [Limits] {
+    match scene {
+        "page-cache" | "dax" => &[CLOSE, WIDE, FAST],
+        "page-cache-wide" | "dax-wide" => &[CLOSE],
+        _ => &[CLOSE, FAST],
+    }
+}
+
+fn search(arguments: &Arguments) -> Result<(), String> {
+    let start = Instant::now();
+    let recovered = Recovered::default();
+    let settings: Vec<_> = SCENES.iter().map(|s| Setting::new(s, None)).collect();
+    let searched = search_all(arguments, &settings, &recovered);
+    let (violations, text) = match searched {
+        Ok(()) => (0, String::new()),
+        Err(violation) => (1, violation.to_string()),
+    };
+    let (count, seconds) = (recovered.count(), start.elapsed().as_secs_f64());
+    println!(
+        "{count} states that differ after recovery, {violations} violations, {:.0} states per second",
+        per_second(count, seconds)
+    );
+    if violations > 0 { Err(text) } else { Ok(()) }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+fn per_second(count: u64, seconds: f64) -> f64 {
+    count as f64 / seconds
+}
+
+fn search_all(
+    arguments: &Arguments,
+    settings: &[Setting],
+    recovered: &Recovered,
+) -> Result<(), Box<Violation>> {
+    for setting in settings {
+        let (start, before) = (Instant::now(), recovered.count());
+        let stats = explore_short(limits(setting.scene.name), setting, recovered)?;
+        say(
+            setting.scene.name,
+            &stats,
+            recovered.count() - before,
+            start.elapsed(),
+        );
+    }
+    let wanted = arguments
+        .states
+        .unwrap_or(if arguments.long { LONG_STATES } else { STATES });
+    let (start, before) = (Instant::now(), recovered.count());
+    let told = Mutex::new(Instant::now());
+    let progress = || {
+        let mut told = told.lock().unwrap_or_else(|e| e.into_inner());
+        if told.elapsed() > Duration::from_secs(30) {
+            *told = Instant::now();
+            eprintln!("{} states so far", recovered.count());
+        }
+    };
+    let stats = explore_long(settings, arguments.seed, wanted, recovered, &progress)?;
+    say(
+        "long workloads",
+        &stats,
+        recovered.count() - before,
+        start.elapsed(),
+    );
+    Ok(())
+}
+
+fn say(name: &str, stats: &Stats, new: u64, time: Duration) {
+    println!(
+        "{name}: {} workloads, {} acts, {} crash states, {new} new after recovery, {time:.0?}",
+        stats.workloads, stats.acts, stats.states
+    );
+}

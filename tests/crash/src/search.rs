@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Searches on two threads: all short workloads of a scene, and long random ones over all scenes.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::explorer::{Explorer, Limits, Stats};
+use crate::random::Random;
+use crate::setting::{SCENES, Setting};
+use crate::violation::{Trace, Violation};
+use crate::workload::{OPERATIONS, Operation};
+
+/// For single operations.
+pub const CLOSE: Limits = Limits {
+    exhaustive: 32,
+    samples: 12,
+    nested: 3,
+    uses: 4,
+    depth: 1,
+};
+
+/// Where there are many workloads.
+pub const WIDE: Limits = Limits {
+    exhaustive: 12,
+    samples: 6,
+    nested: 2,
+    uses: 1,
+    depth: 1,
+};
+
+/// Where there are very many.
+pub const FAST: Limits = Limits {
+    exhaustive: 6,
+    samples: 4,
+    nested: 1,
+    uses: 1,
+    depth: 3,
+};
+
+/// For long random workloads: most of what they leave is new.
+pub const LONG: Limits = Limits {
+    exhaustive: 32,
+    samples: 32,
+    nested: 2,
+    uses: 1,
+    depth: 64,
+};
+
+/// Stores with which a long workload begins, at most, before its first flush.
+const MAX_FIRST_STORES: usize = 24;
+/// Operations of a long workload after that, at most.
+const MAX_OPERATIONS: usize = 24;
+
+/// Threads of a search.
+const THREADS: usize = 2;
+
+const SHARDS: usize = 64;
+
+/// Digests of what there was after recovery, each once.
+#[derive(Debug)]
+pub struct Recovered {
+    shards: Vec<Mutex<HashSet<u64>>>,
+    count: AtomicU64,
+}
+
+impl Default for Recovered {
+    fn default() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            count: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Recovered {
+    /// Notes one.
+    pub fn note(&self, digest: u64) {
+        let shard = usize::try_from(digest % 64).unwrap_or(0);
+        let mut shard = self.shards[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if shard.insert(digest) {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many different ones there were.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+/// A sequence of operations.
+pub type Workload = Vec<&'static Operation>;
+
+/// Every sequence of `length` operations.
+pub fn workloads(length: u32) -> Vec<Workload> {
+    let table: Workload = OPERATIONS.iter().filter(|o| o.in_short).collect();
+    let all = table.len();
+    let digit = |number: usize, place: u32| number / all.pow(place) % all;
+    let one = |number| {
+        let digits = (0..length).map(|place| digit(number, place));
+        digits.map(|d| table[d]).collect()
+    };
+    (0..all.pow(length)).map(one).collect()
+}
+
+/// Runs `work` for the numbers from 0 on, until it says that there is no more or one finds a violation.
+fn on_threads<'a, E>(
+    begin: impl Fn() -> E + Sync,
+    work: impl Fn(&mut E, u64) -> Result<bool, Box<Violation>> + Sync,
+    end: impl Fn(E) -> Stats + Sync + 'a,
+) -> Result<Stats, Box<Violation>> {
+    let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let total = Mutex::new(Ok(Stats::default()));
+    let thread = || {
+        let mut explorer = begin();
+        let mut result = Ok(true);
+        while matches!(result, Ok(true)) && !stop.load(Ordering::Relaxed) {
+            result = work(&mut explorer, next.fetch_add(1, Ordering::Relaxed));
+        }
+        let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *total, result) {
+            (Ok(total), Ok(_)) => total.add(end(explorer)),
+            (total @ Ok(_), Err(violation)) => {
+                stop.store(true, Ordering::Relaxed);
+                *total = Err(violation);
+            }
+            (Err(_), _) => {}
+        }
+    };
+    std::thread::scope(|scope| {
+        (1..THREADS).for_each(|_| drop(scope.spawn(thread)));
+        thread();
+    });
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Explores workloads, up to the first violation.
+pub fn explore(
+    setting: &Setting,
+    limits: Limits,
+    workloads: &[Workload],
+    recovered: &Recovered,
+) -> Result<Stats, Box<Violation>> {
+    on_threads(
+        || Explorer::new(setting, limits, recovered),
+        |explorer, number| {
+            let workload = usize::try_from(number).ok().and_then(|n| workloads.get(n));
+            match workload {
+                Some(workload) => explorer.explore(workload, number).map(|_| true),
+                None => Ok(false),
+            }
+        },
+        |explorer| explorer.stats,
+    )
+}
+
+/// Explores all workloads of one operation, of two, and so on, each within its limits.
+pub fn explore_short(
+    limits: &[Limits],
+    setting: &Setting,
+    recovered: &Recovered,
+) -> Result<Stats, Box<Violation>> {
+    let mut total = Stats::default();
+    for (limits, length) in limits.iter().zip(1..) {
+        total.add(explore(setting, *limits, &workloads(length), recovered)?);
+    }
+    Ok(total)
+}
+
+/// A long workload by chance: stores and a flush, so that there is something to lose, then anything. Returns also how
+/// many operations come before the anything.
+pub fn long_workload(random: &mut Random) -> (Workload, usize) {
+    let weights = OPERATIONS.iter().flat_map(|o| vec![o; o.weight]);
+    let weighted: Workload = weights.collect();
+    let stores = random.below(MAX_FIRST_STORES);
+    let named = |name| Operation::named(name).expect("in the table");
+    let mut workload = vec![named("store anywhere"); stores];
+    workload.push(named("flush"));
+    let first = workload.len();
+    for _ in 0..2 + random.below(MAX_OPERATIONS - 1) {
+        workload.push(weighted[random.below(weighted.len())]);
+    }
+    (workload, first)
+}
+
+/// Explores long random workloads over all scenes until there are `wanted` states that differ after recovery.
+pub fn explore_long(
+    settings: &[Setting],
+    seed: u64,
+    wanted: u64,
+    recovered: &Recovered,
+    progress: &(impl Fn() + Sync),
+) -> Result<Stats, Box<Violation>> {
+    on_threads(
+        || {
+            let explorer = |s| Explorer::new(s, LONG, recovered);
+            settings.iter().map(explorer).collect::<Vec<_>>()
+        },
+        |explorers, number| {
+            if recovered.count() >= wanted {
+                return Ok(false);
+            }
+            progress();
+            let seed = Random(seed.wrapping_add(number << 32)).number();
+            let mut random = Random(seed);
+            let explorer = usize::try_from(number).unwrap_or(0) % explorers.len();
+            let (workload, first) = long_workload(&mut random);
+            let explored = explorers[explorer].explore_from(first, &workload, seed);
+            explored
+                .map(|_| true)
+                .map_err(|v| shorten(&settings[explorer], v))
+        },
+        |explorers| {
+            let mut total = Stats::default();
+            explorers.into_iter().for_each(|e| total.add(e.stats));
+            total
+        },
+    )
+}
+
+/// Leaves out operations without which the violation is still found.
+fn shorten(setting: &Setting, mut violation: Box<Violation>) -> Box<Violation> {
+    let recovered = Recovered::default();
+    let mut i = 0;
+    while i < violation.trace.operations.len() {
+        let mut fewer = violation.trace.operations.clone();
+        fewer.remove(i);
+        let mut explorer = Explorer::new(setting, CLOSE, &recovered);
+        match explorer.explore_from(0, &fewer, violation.trace.seed) {
+            Err(shorter) => violation = shorter,
+            Ok(_) => i += 1,
+        }
+    }
+    violation
+}
+
+/// Explores what a violation names once more, as closely as single operations are.
+pub fn replay(trace: &Trace) -> Result<Stats, Box<Violation>> {
+    let scene = SCENES.iter().find(|s| s.name == trace.scene);
+    let setting = Setting::new(scene.expect("a trace names a scene"), None);
+    let recovered = Recovered::default();
+    for limits in [FAST, WIDE, CLOSE, LONG] {
+        let mut explorer = Explorer::new(&setting, limits, &recovered);
+        explorer.explore(&trace.operations, trace.seed)?;
+        explorer.explore_from(0, &trace.operations, trace.seed)?;
+        if limits.depth == LONG.depth {
+            return Ok(explorer.stats);
+        }
+    }
+    Ok(Stats::default())
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A workload under way: images open on a simulated filesystem, and what they must show at every act.
+
+mod guest;
+mod operations;
+mod tree;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pcow_format::Image;
+use pcow_format::medium::sim::{Moment, Sim};
+use pcow_format::ops::Base;
+
+pub use guest::{store_word, write_back};
+pub use operations::{OPERATIONS, Operation};
+
+use crate::model::{Contents, Model, Place, check_equal};
+use crate::random::Random;
+use crate::setting::{self, OTHER, Setting, text};
+
+/// A piece of an operation: while it runs the image shows any of `possible`, afterwards the last of them.
+#[derive(Debug)]
+struct Transition {
+    acts: Range<usize>,
+    possible: Vec<Model>,
+}
+
+/// What the images must show after a crash.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    /// The image that was worked on.
+    pub image: &'static str,
+    /// It shows one of these.
+    pub possible: Vec<Model>,
+    /// The other image, if there is one, shows this.
+    pub other: Option<(&'static str, Model)>,
+}
+
+/// A moment of an operation, with what a crash then may leave.
+#[derive(Debug, Clone)]
+pub struct Point {
+    /// The moment.
+    pub moment: Moment,
+    /// What must be there.
+    pub expected: Expected,
+}
+
+/// One of the images that are worked on.
+#[derive(Debug)]
+struct Slot {
+    name: &'static str,
+    image: Option<Arc<Image>>,
+    model: Model,
+    /// Words stored and not written back since.
+    unflushed: Vec<Place>,
+    /// What it has shown after each operation.
+    past: Vec<Contents>,
+    /// Texts that its root has had.
+    roots: Vec<Vec<u8>>,
+}
+
+/// A workload under way.
+#[derive(Debug)]
+pub struct Run<'a> {
+    setting: &'a Setting,
+    /// The filesystem.
+    pub sim: Sim,
+    /// Number of the present boot.
+    pub boot: u128,
+    slots: Vec<Slot>,
+    /// Which of them is worked on.
+    at: usize,
+    transitions: Vec<Transition>,
+    stores: u64,
+    clones: usize,
+    random: Random,
+    /// Nothing can follow.
+    ended: bool,
+}
+
+impl<'a> Run<'a> {
+    /// Opens the images of `setting`.
+    pub fn new(setting: &'a Setting, seed: u64) -> Result<Self, String> {
+        let sim = setting.start.process_death();
+        let names = setting.scene.images().iter().zip(&setting.models);
+        let slot = |(name, model): (&&'static str, &Model)| {
+            let image = setting::open(&sim, name, setting.boot)?;
+            Ok(Slot {
+                name,
+                past: vec![model.disk.now().clone()],
+                roots: vec![tree::root_text(&image)?],
+                image: Some(Arc::new(image)),
+                model: model.clone(),
+                unflushed: Vec::new(),
+            })
+        };
+        let slots = names.map(slot).collect::<Result<_, String>>()?;
+        Ok(Self {
+            setting,
+            sim,
+            boot: setting.boot,
+            slots,
+            at: 0,
+            transitions: Vec::new(),
+            stores: 0,
+            clones: 0,
+            random: Random(seed),
+            ended: false,
+        })
+    }
+
+    /// Performs an operation, recording its acts, and looks at the image afterwards; `false` if it cannot be done.
+    pub fn perform(&mut self, operation: &Operation) -> Result<bool, String> {
+        self.transitions.clear();
+        self.sim.record();
+        if self.ended || !(operation.run)(self)? {
+            return Ok(false);
+        }
+        let plan = self.setting.plan();
+        let slot = &mut self.slots[self.at];
+        let image = slot.image.as_ref().ok_or("closed between operations")?;
+        let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
+        check_equal("the running image", &found, slot.model.disk.now())?;
+        slot.past.push(found);
+        let root = tree::root_text(image)?;
+        if slot.roots.last() != Some(&root) {
+            slot.roots.push(root);
+        }
+        Ok(true)
+    }
+
+    /// The filesystem before the last operation, and the points at which that may be cut off. Ends the recording.
+    pub fn points(&mut self) -> Vec<Point> {
+        let numbered = self.sim.moments().into_iter().enumerate();
+        let point = |(i, moment)| Point {
+            moment,
+            expected: self.expected(i),
+        };
+        numbered.map(point).collect()
+    }
+
+    /// What must be there after the last operation.
+    pub fn expected_at_the_end(&self) -> Expected {
+        self.expecting(vec![self.slot().model.clone()])
+    }
+
+    fn expected(&self, act: usize) -> Expected {
+        let during = self.transitions.iter().find(|t| t.acts.contains(&act));
+        self.expecting(match during {
+            None => vec![self.slot().model.clone()],
+            Some(t) if act + 1 == t.acts.end => t.possible.last().cloned().into_iter().collect(),
+            Some(t) => t.possible.clone(),
+        })
+    }
+
+    fn expecting(&self, possible: Vec<Model>) -> Expected {
+        let others = self.slots.iter().enumerate().find(|(i, _)| *i != self.at);
+        Expected {
+            image: self.slot().name,
+            possible,
+            other: others.map(|(_, slot)| (slot.name, slot.model.clone())),
+        }
+    }
+
+    fn slot(&self) -> &Slot {
+        &self.slots[self.at]
+    }
+
+    fn slot_mut(&mut self) -> &mut Slot {
+        &mut self.slots[self.at]
+    }
+
+    fn model(&self) -> &Model {
+        &self.slot().model
+    }
+
+    fn image(&self) -> &Arc<Image> {
+        let image = self.slot().image.as_ref();
+        image.expect("open between operations")
+    }
+
+    /// Performs a piece of an operation that leads over `steps` to the last of them.
+    fn transition<T>(
+        &mut self,
+        steps: &[Model],
+        piece: impl FnOnce(&mut Self) -> Result<T, String>,
+    ) -> Result<T, String> {
+        let start = self.sim.recorded();
+        let result = piece(self)?;
+        let mut possible = vec![self.model().clone()];
+        possible.extend_from_slice(steps);
+        self.transitions.push(Transition {
+            acts: start..self.sim.recorded(),
+            possible,
+        });
+        if let Some(last) = steps.last() {
+            self.slot_mut().model = last.clone();
+        }
+        Ok(result)
+    }
+
+    /// Performs a piece of an operation that changes nothing that can be seen.
+    fn unseen<T>(
+        &mut self,
+        piece: impl FnOnce(&Image) -> pcow_format::Result<T>,
+    ) -> Result<T, String> {
+        self.transition(&[], |run| piece(run.image()).map_err(text))
+    }
+
+    /// Whether the active layer holds nothing, so that what it shows needs no snapshot.
+    fn is_untouched(&self) -> Result<bool, String> {
+        self.image().active().is_empty().map_err(text)
+    }
+}
+
+/// The base that a rebase goes to.
+pub fn other_base() -> Base {
+    Base::Image {
+        path: OTHER.into(),
+        snapshot: None,
+        reference: false,
+    }
+}

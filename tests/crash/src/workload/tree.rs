@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Operations on the layer tree, and the ends of processes and boots.
+
+use std::sync::Arc;
+
+use pcow_format::medium::{Access, Site};
+use pcow_format::{ErrorKind, Image, ROOT_FILE};
+
+use super::{Run, other_base};
+use crate::model::Model;
+use crate::random::newest;
+use crate::setting::{self, text};
+
+impl Run<'_> {
+    pub(super) fn snapshot(&mut self) -> Result<bool, String> {
+        let after = self.model().with_snapshot();
+        self.change_tree(&[after], |image| image.snapshot(None).map(drop))
+    }
+
+    pub(super) fn rollback(&mut self, discard: bool) -> Result<bool, String> {
+        let Some((number, contents)) = self.model().snapshots.first().cloned() else {
+            return Ok(false);
+        };
+        let saved = if discard || self.is_untouched()? {
+            self.model().clone()
+        } else {
+            self.model().with_snapshot()
+        };
+        let after = saved.with_disk(contents);
+        self.change_tree(&[after], |image| {
+            image.rollback(&number.to_string(), discard).map(drop)
+        })
+    }
+
+    pub(super) fn rebase(&mut self) -> Result<bool, String> {
+        if self.setting.scene.is_wide() {
+            // It looks at every cluster, which takes too long for a search.
+            return Ok(false);
+        }
+        let mut after = self.model().clone();
+        after.disk.promise_all();
+        let name = self.slot().name;
+        self.change_tree(&[after], |image| {
+            image.rebase(Some(&other_base()), name).map(drop)
+        })
+    }
+
+    fn change_tree(
+        &mut self,
+        steps: &[Model],
+        change: impl FnOnce(&mut Image) -> pcow_format::Result<()>,
+    ) -> Result<bool, String> {
+        self.transition(steps, |run| {
+            let image = run.slot_mut().image.as_mut();
+            let image = image.and_then(Arc::get_mut);
+            change(image.expect("held by nobody else between operations")).map_err(text)
+        })?;
+        self.slot_mut().unflushed.clear();
+        Ok(true)
+    }
+
+    /// Clones the image, which must be closed for that.
+    pub(super) fn clone_image(&mut self) -> Result<bool, String> {
+        let sealed = if self.is_untouched()? {
+            self.model().clone()
+        } else {
+            self.model().with_snapshot()
+        };
+        self.clones += 1;
+        let name = format!("clone-{}", self.clones);
+        let after = sealed.with_clone(&name);
+        let image = self.slot().name;
+        self.slot_mut().image = None;
+        let plan = self.setting.plan();
+        self.transition(&[sealed, after], |run| {
+            setting::create(plan, &run.sim, &name, Some(image), run.boot)
+        })?;
+        self.slot_mut().unflushed.clear();
+        self.reopen()
+    }
+
+    /// The next operations are on the other image.
+    pub(super) fn switch(&mut self) -> Result<bool, String> {
+        self.at = (self.at + 1) % self.slots.len();
+        Ok(self.slots.len() > 1)
+    }
+
+    /// The process dies and another one opens the image.
+    pub(super) fn kill(&mut self) -> Result<bool, String> {
+        self.slot_mut().image = None;
+        self.reopen()
+    }
+
+    fn reopen(&mut self) -> Result<bool, String> {
+        let name = self.slot().name;
+        let image = self.transition(&[], |run| setting::open(&run.sim, name, run.boot))?;
+        self.slot_mut().image = Some(Arc::new(image));
+        Ok(true)
+    }
+
+    /// The machine loses power, or is started anew in order, and another boot opens the images.
+    pub(super) fn reboot(&mut self, everything_written_back: bool) -> Result<bool, String> {
+        self.slots.iter_mut().for_each(|slot| slot.image = None);
+        let moment = self.sim.now();
+        let choices = moment.choices();
+        let picks = if everything_written_back {
+            newest(&choices)
+        } else {
+            self.random.picks(&choices)
+        };
+        self.sim = moment.power_cut(&choices, &picks);
+        self.sim.record();
+        self.boot += 1;
+        let plan = self.setting.plan();
+        for slot in &mut self.slots {
+            slot.unflushed.clear();
+            let image = setting::open(&self.sim, slot.name, self.boot)?;
+            let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
+            slot.model.disk.check_after_cut(&found)?;
+            // What was found must be found again, whatever interrupts this opening.
+            slot.model = slot.model.with_disk(found);
+            slot.image = Some(Arc::new(image));
+        }
+        Ok(true)
+    }
+
+    /// The root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
+    /// What the older root does not name must still be there.
+    pub(super) fn older_root(&mut self) -> Result<bool, String> {
+        let [.., older, newest] = self.slot().roots.as_slice() else {
+            return Ok(false);
+        };
+        let (older, newest) = (older.clone(), newest.clone());
+        if self.is_untouched()? {
+            // I5: an unnamed layer that holds nothing may go.
+            return Ok(false);
+        }
+        let name = self.slot().name;
+        self.slot_mut().image = None;
+        // Somebody who does this does not cut the power meanwhile: what would be left is his own.
+        put_root(self, &older)?;
+        let plan = self.setting.plan();
+        match setting::try_open(&self.sim, name, self.boot) {
+            Ok(image) => {
+                let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
+                if !self.slot().past.contains(&found) {
+                    return Err("an older root shows what was never there".to_owned());
+                }
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::Linked | ErrorKind::BaseMissing) => {}
+            Err(e) if e.kind() == ErrorKind::Corrupt && text_of(&e).contains("No such file") => {}
+            Err(e) => return Err(format!("with an older root: {}", text(e))),
+        }
+        put_root(self, &newest)?;
+        self.sim.record();
+        self.transitions.clear();
+        self.reopen()
+    }
+}
+
+fn text_of(error: &pcow_format::Error) -> String {
+    let cause = std::error::Error::source(error);
+    format!(
+        "{error}: {}",
+        cause.map_or_else(String::new, ToString::to_string)
+    )
+}
+
+/// The text of an image's root.
+pub(super) fn root_text(image: &Image) -> Result<Vec<u8>, String> {
+    let read = || {
+        let file = image.directory().open(ROOT_FILE, Access::Read)?;
+        let mut text = vec![0; usize::try_from(file.status()?.len).unwrap_or(0)];
+        file.read_at(&mut text, 0)?;
+        Ok(text)
+    };
+    read().map_err(|e: std::io::Error| format!("{ROOT_FILE}: {e}"))
+}
+
+fn put_root(run: &Run<'_>, text: &[u8]) -> Result<(), String> {
+    let put = || {
+        let dir = run.sim.top().open_dir(run.slot().name)?;
+        let site = Site("user.root");
+        dir.unlink(site, ROOT_FILE)?;
+        let file = dir.create(site, ROOT_FILE)?;
+        file.write_at(site, text, 0)?;
+        file.sync_data(site)?;
+        dir.sync(site)
+    };
+    put().map_err(|e: std::io::Error| format!("{ROOT_FILE}: {e}"))
+}

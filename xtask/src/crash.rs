@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask crash`: builds the search for crashes that break a promise, optimised, and runs it.
+//!
+//! What is searched and how is its own affair (`tests/crash`).
+
+use crate::error::{Error, Result};
+use crate::run;
+
+/// Arguments of `cargo xtask crash`.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
+pub struct Arguments {
+    /// What the search is given: --help tells
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    search: Vec<String>,
+}
+
+/// Prints what the search says.
+///
+/// # Errors
+/// It cannot be built, or it found something.
+pub fn command(arguments: &Arguments) -> Result<()> {
+    search(&arguments.search)
+}
+
+/// Runs the search with `arguments`.
+///
+/// # Errors
+/// As [`command`].
+pub fn search(arguments: &[String]) -> Result<()> {
+    let mut search = run::cargo(&[
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        "pcow-crash",
+        "--",
+    ]);
+    if run::shown(search.args(arguments))? {
+        return Ok(());
+    }
+    Err(Error::Failed("see above".into()))
+}
