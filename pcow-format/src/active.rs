@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result, chain_text};
 use crate::layer_files;
 use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
 use crate::medium::{Domain, File, Hindrance, Site, read_exact_at};
+use crate::mutant::{self, Mutant};
 use crate::ready::Ready;
 use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
@@ -391,7 +392,9 @@ impl Active {
             return Err(Error::new(ErrorKind::FlushFailed, what));
         }
         work().map_err(|e| {
-            *failed = Some(e.to_string());
+            if !mutant::is(Mutant::FlushErrorForgotten) {
+                *failed = Some(e.to_string());
+            }
             let what = format!("cannot flush layer {}", self.name);
             Error::new(ErrorKind::FlushFailed, what).caused_by(e)
         })
@@ -436,7 +439,9 @@ impl Active {
     fn settle_live(&self, noted: &[(u64, Word)]) -> Result<()> {
         for (number, noted) in noted {
             let guard = self.live();
-            let settled = self.read_word(*number)?.settle(*noted);
+            let now = self.read_word(*number)?;
+            let late = mutant::is(Mutant::LateWords);
+            let settled = now.settle(if late { now } else { *noted });
             self.write_word(Site("active.flush.word"), *number, settled)?;
             drop(guard);
         }

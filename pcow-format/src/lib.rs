@@ -19,6 +19,10 @@ mod layer_files;
 mod lock;
 pub mod map;
 pub mod medium;
+#[cfg(feature = "sim")]
+pub mod mutant;
+#[cfg(not(feature = "sim"))]
+mod mutant;
 pub mod ops;
 mod ready;
 pub mod root;

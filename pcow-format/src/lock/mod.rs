@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::medium::{Access, Directory, Site};
+use crate::mutant::{self, Mutant};
 
 pub use holder::{Process, Purpose, Record};
 
@@ -107,7 +108,9 @@ impl ImageLock {
             let what = "the image's lock file has more than one name";
             return Err(Error::new(ErrorKind::Linked, what));
         }
-        take(&serving, libc::F_WRLCK, SERVING)?;
+        if !mutant::is(Mutant::ServingLockDropped) {
+            take(&serving, libc::F_WRLCK, SERVING)?;
+        }
         let Some(own) = open(dir, Access::Write)? else {
             return Ok(None);
         };

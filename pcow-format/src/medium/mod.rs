@@ -7,6 +7,8 @@
 
 mod dax;
 mod extents;
+#[cfg(feature = "sim")]
+pub mod faulty;
 mod hindrance;
 mod lease;
 pub mod real;

@@ -25,6 +25,7 @@ use crate::error::{IoContext, Result};
 use crate::image::{ROOT_PART, Stored};
 use crate::layer_files::{data_name, map_name};
 use crate::medium::{Access, Directory, Site};
+use crate::mutant::{self, Mutant};
 use crate::root::{Kind, Root};
 
 /// Seconds since the epoch.
@@ -54,7 +55,7 @@ pub(crate) fn sweep(stored: &Stored) -> Result<()> {
     }
     for layer in unnamed_layers(stored.root(), &names) {
         // What cannot be looked at is not removed, and no reason to refuse the image.
-        if is_without_content(dir, layer).unwrap_or(false) {
+        if is_without_content(dir, layer).unwrap_or(false) || mutant::is(Mutant::OrphanRemoved) {
             remove_layer_files(dir, layer)?;
         }
     }

@@ -8,16 +8,21 @@
 //! | `model` | what must be shown: bytes and promises |
 //! | `explorer` | every crash of a workload |
 //! | `oracle` | the verdict on what a crash left |
+//! | `mutants` | formats with one fault each, which the search must find |
+//! | `errors` | calls that fail, each in every way |
 //! | `search` | many workloads on two threads, and what they leave counted |
 //! | `violation` | a broken promise, and how to see it again |
 //!
 //! It knows the format and its simulated medium; it knows no socket, no fault and no QEMU.
 
+pub mod errors;
 pub mod explorer;
 pub mod model;
+pub mod mutants;
 pub mod oracle;
 pub mod random;
 pub mod search;
 pub mod setting;
+pub mod sites;
 pub mod violation;
 pub mod workload;

@@ -6,10 +6,13 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
+use pcow_crash::mutants::{Verdict, try_all};
 use pcow_crash::search::{CLOSE, FAST, Recovered, WIDE, explore_long, explore_short, replay};
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::violation::{Trace, Violation};
+use pcow_format::medium::Domain;
 
 /// States that differ after recovery: in the test run, and in the long form.
 const STATES: u64 = 1_000_000;
@@ -31,6 +34,12 @@ struct Arguments {
     /// How many states are to differ after recovery
     #[arg(long)]
     states: Option<u64>,
+    /// Put faults into the format, one at a time, and say whether the search finds them
+    #[arg(long)]
+    mutants: bool,
+    /// Let each call of each operation fail in every way, and say what comes of it
+    #[arg(long)]
+    errors: bool,
     /// Explore only what a violation named
     #[arg(long, value_name = "TRACE")]
     replay: Option<String>,
@@ -40,6 +49,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.replay {
         Some(text) => again(text),
+        None if arguments.mutants => mutants(),
+        None if arguments.errors => errors(),
         None => search(&arguments),
     };
     match done {
@@ -55,6 +66,45 @@ fn again(text: &str) -> Result<(), String> {
     let trace = Trace::parse(text).ok_or_else(|| format!("{text} is no trace"))?;
     let stats = replay(&trace).map_err(|v| v.to_string())?;
     println!("no violation in {} crash states", stats.states);
+    Ok(())
+}
+
+fn errors() -> Result<(), String> {
+    let media = [
+        Medium::Sim(Domain::PageCache),
+        Medium::Sim(Domain::Dax),
+        Medium::Real,
+    ];
+    let mut total = 0;
+    for medium in media {
+        println!(
+            "| {medium:?}: operation | call that fails | refused | tolerated |\n|---|---|---|---|"
+        );
+        for ((operation, call), outcomes) in fail_all(medium)? {
+            let count = |o| outcomes.get(&o).copied().unwrap_or(0);
+            let (refused, tolerated) = (count(Outcome::Refused), count(Outcome::Tolerated));
+            total += refused + tolerated;
+            println!("| {operation} | {call} | {refused} | {tolerated} |");
+        }
+    }
+    println!("{total} failed calls, all handled");
+    Ok(())
+}
+
+fn mutants() -> Result<(), String> {
+    let all = try_all(&|mutant, verdict| println!("{mutant}: {verdict}"));
+    let count = |wanted: fn(&Verdict) -> bool| all.iter().filter(|(_, v)| wanted(v)).count();
+    let missed = count(|v| *v == Verdict::Missed);
+    println!(
+        "{} mutants: {} caught, {} impossible, {} harmless for a reason, {missed} missed",
+        all.len(),
+        count(|v| matches!(v, Verdict::Caught(_))),
+        count(|v| *v == Verdict::Impossible),
+        count(|v| matches!(v, Verdict::Harmless(_)))
+    );
+    if missed > 0 {
+        return Err("not every mutant was caught".to_owned());
+    }
     Ok(())
 }
 

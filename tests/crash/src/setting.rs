@@ -89,6 +89,11 @@ impl Scene {
         SCENES.iter().find(|s| s.name == name)
     }
 
+    /// Whether the filesystem is mounted with DAX in the boot in which clusters turned live without it.
+    fn is_remounted(&self) -> bool {
+        self.created_in == Domain::PageCache && self.used_in == Domain::Dax
+    }
+
     /// Whether the disk is too large for what looks at all of it.
     pub fn is_wide(&self) -> bool {
         self.plan.bytes > SMALL.bytes
@@ -125,14 +130,26 @@ impl Setting {
     /// The images of `scene`, where calls at `skipped` do nothing once they are made.
     pub fn new(scene: &'static Scene, skipped: Option<Site>) -> Self {
         let sim = Sim::new(scene.created_in).with_tearing(scene.tearing);
-        let boot = 1;
+        let mut boot = 1;
         build(scene, &sim, boot);
         let read =
             |name| contents(scene.plan, &sim, name, boot).expect("a fresh image can be read");
-        let moment = sim.now();
-        let choices = moment.choices();
-        let settled = moment.power_cut(&choices, &newest(&choices));
-        let first = read(IMAGE);
+        let bystanders = BYSTANDERS.map(read).to_vec();
+        let mut start = sim.now();
+        if scene.is_remounted() {
+            let image = open(&sim, IMAGE, boot).expect("a fresh image opens");
+            for cluster in scene.plan.with(Role::Quiet) {
+                let made = image.make_writable(Cluster(cluster).only(), &mut Vec::new());
+                made.expect("a sound medium has space");
+            }
+            start = sim.now();
+        } else {
+            let choices = start.choices();
+            start = start.power_cut(&choices, &newest(&choices)).now();
+            boot += 1;
+        }
+        let sim = start.process_death();
+        let first = contents(scene.plan, &sim, IMAGE, boot).expect("it can be read");
         let model = Model::new(first.clone());
         let models = if scene.twins {
             vec![model.with_snapshot(), model]
@@ -141,11 +158,11 @@ impl Setting {
         };
         Self {
             scene,
-            start: settled.with_fault(scene.used_in, skipped).now(),
+            start: sim.with_fault(scene.used_in, skipped).now(),
             models,
             first,
-            bystanders: BYSTANDERS.map(read).to_vec(),
-            boot: boot + 1,
+            bystanders,
+            boot,
             words: words(scene.plan),
             sound: Mutex::default(),
         }

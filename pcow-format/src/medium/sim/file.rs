@@ -172,7 +172,8 @@ impl File for SimFile {
 
     fn fence(&self, site: Site) {
         // A fence has no error to report, and `act` fails only if the closure does.
-        let _ = self.act(site, Inner::fence);
+        let inode = self.inode;
+        let _ = self.act(site, move |inner| inner.fence(inode));
     }
 
     fn share_storage(&self, _: Site, _: &dyn File) -> io::Result<bool> {
@@ -196,9 +197,13 @@ impl File for SimFile {
 }
 
 impl Inner {
-    /// M9: every line whose write-back was started is durable as it was then, or newer.
-    fn fence(&mut self) {
+    /// M9: every line of the file whose write-back was started is durable as it was then, or newer. Those of other files
+    /// are not: the guest writes its data back in one thread, the backend its words in another.
+    fn fence(&mut self, inode: Inode) {
         let started = std::mem::take(&mut self.started);
+        let (started, others) = started.into_iter().partition(|w| w.inode == inode);
+        self.started = others;
+        let started: Vec<WriteBack> = started;
         for w in &started {
             let file = self.state.file_mut(w.inode);
             // A sync since then made something newer durable.

@@ -9,8 +9,7 @@
 //! Every act can be performed again on another state, so that the acts of a run can be replayed in another order
 //! ([`replay`]). A hook ([`Sim::beside`]) does what another thread would do just then.
 //!
-//! It knows files and names, not layers or clusters. It has no locks. Write-backs are fenced by whichever thread asks:
-//! use it from one.
+//! It knows files and names, not layers or clusters. It has no locks. A fence covers the lines of its own file.
 
 mod crash;
 mod directory;

@@ -72,6 +72,8 @@ pub struct Run<'a> {
     /// Which of them is worked on.
     at: usize,
     transitions: Vec<Transition>,
+    /// The filesystem before the acts of the last operation.
+    before: Option<Moment>,
     stores: u64,
     clones: usize,
     random: Random,
@@ -82,38 +84,37 @@ pub struct Run<'a> {
 impl<'a> Run<'a> {
     /// Opens the images of `setting`.
     pub fn new(setting: &'a Setting, seed: u64) -> Result<Self, String> {
-        let sim = setting.start.process_death();
-        let names = setting.scene.images().iter().zip(&setting.models);
-        let slot = |(name, model): (&&'static str, &Model)| {
-            let image = setting::open(&sim, name, setting.boot)?;
-            Ok(Slot {
+        let mut run = Self {
+            setting,
+            sim: setting.start.process_death(),
+            boot: setting.boot,
+            slots: Vec::new(),
+            at: 0,
+            transitions: Vec::new(),
+            before: None,
+            stores: 0,
+            clones: 0,
+            random: Random(seed),
+            ended: false,
+        };
+        run.begin();
+        for (name, model) in setting.scene.images().iter().zip(&setting.models) {
+            let image = setting::open(&run.sim, name, setting.boot)?;
+            run.slots.push(Slot {
                 name,
                 past: vec![model.disk.now().clone()],
                 roots: vec![tree::root_text(&image)?],
                 image: Some(Arc::new(image)),
                 model: model.clone(),
                 unflushed: Vec::new(),
-            })
-        };
-        let slots = names.map(slot).collect::<Result<_, String>>()?;
-        Ok(Self {
-            setting,
-            sim,
-            boot: setting.boot,
-            slots,
-            at: 0,
-            transitions: Vec::new(),
-            stores: 0,
-            clones: 0,
-            random: Random(seed),
-            ended: false,
-        })
+            });
+        }
+        Ok(run)
     }
 
     /// Performs an operation, recording its acts, and looks at the image afterwards; `false` if it cannot be done.
     pub fn perform(&mut self, operation: &Operation) -> Result<bool, String> {
-        self.transitions.clear();
-        self.sim.record();
+        self.begin();
         if self.ended || !(operation.run)(self)? {
             return Ok(false);
         }
@@ -130,7 +131,19 @@ impl<'a> Run<'a> {
         Ok(true)
     }
 
-    /// The filesystem before the last operation, and the points at which that may be cut off. Ends the recording.
+    /// Records from here on.
+    fn begin(&mut self) {
+        self.transitions.clear();
+        self.before = Some(self.sim.now());
+        self.sim.record();
+    }
+
+    /// The filesystem before the acts of the last operation.
+    pub fn before(&self) -> Option<&Moment> {
+        self.before.as_ref()
+    }
+
+    /// The points at which the last operation may be cut off. Ends the recording.
     pub fn points(&mut self) -> Vec<Point> {
         let numbered = self.sim.moments().into_iter().enumerate();
         let point = |(i, moment)| Point {

@@ -54,6 +54,8 @@ pub static OPERATIONS: &[Operation] = &[
     operation("rollback", 1, |r| r.rollback(false)),
     operation("rollback, discarding", 1, |r| r.rollback(true)),
     operation("rebase", 1, |r| r.rebase()),
+    operation("rebase, copying", 1, |r| r.rebase_by_copy()),
+    operation("clone that fails", 1, |r| r.failing_clone()),
     operation("clone", 1, |r| r.clone_image()),
     operation("kill", 1, |r| r.kill()),
     operation("power cut", 1, |r| r.reboot(false)),

@@ -11,6 +11,11 @@ use crate::model::Model;
 use crate::random::newest;
 use crate::setting::{self, text};
 
+const EXDEV: i32 = 18;
+const ENOSPC: i32 = 28;
+/// Links that an adoption tries, at most.
+const MAX_LINKS: usize = 16;
+
 impl Run<'_> {
     pub(super) fn snapshot(&mut self) -> Result<bool, String> {
         let after = self.model().with_snapshot();
@@ -43,6 +48,38 @@ impl Run<'_> {
         self.change_tree(&[after], |image| {
             image.rebase(Some(&other_base()), name).map(drop)
         })
+    }
+
+    /// A rebase onto a base of another filesystem.
+    pub(super) fn rebase_by_copy(&mut self) -> Result<bool, String> {
+        (0..MAX_LINKS).for_each(|_| self.sim.fail(Site("adopt.link"), EXDEV));
+        let done = self.rebase();
+        if self.sim.forget_plans() == MAX_LINKS {
+            // Nothing was adopted: this is what another rebase does.
+            return Ok(false);
+        }
+        done
+    }
+
+    /// A clone for which there is no space.
+    pub(super) fn failing_clone(&mut self) -> Result<bool, String> {
+        let sealed = if self.is_untouched()? {
+            self.model().clone()
+        } else {
+            self.model().with_snapshot()
+        };
+        let image = self.slot().name;
+        self.slot_mut().image = None;
+        let plan = self.setting.plan();
+        self.transition(&[sealed], |run| {
+            run.sim.fail(Site("create.rename"), ENOSPC);
+            match setting::create(plan, &run.sim, "clone-that-fails", Some(image), run.boot) {
+                Ok(()) => Err("created without space".to_owned()),
+                Err(_) => Ok(()),
+            }
+        })?;
+        self.slot_mut().unflushed.clear();
+        self.reopen()
     }
 
     fn change_tree(
@@ -109,7 +146,7 @@ impl Run<'_> {
             self.random.picks(&choices)
         };
         self.sim = moment.power_cut(&choices, &picks);
-        self.sim.record();
+        self.begin();
         self.boot += 1;
         let plan = self.setting.plan();
         for slot in &mut self.slots {
@@ -152,8 +189,7 @@ impl Run<'_> {
             Err(e) => return Err(format!("with an older root: {}", text(e))),
         }
         put_root(self, &newest)?;
-        self.sim.record();
-        self.transitions.clear();
+        self.begin();
         self.reopen()
     }
 }

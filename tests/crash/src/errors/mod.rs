@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Every call of every operation fails: once and for ever, with each error that it may have, and short reads and writes.
+//!
+//! Whatever happens there is no panic; an error says what failed and why; the disk shows what it must, through the same
+//! image and through the next one; `check` finds nothing; a failed flush stays (I7); and the operation can be done again.
+
+mod scenarios;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use pcow_format::medium::Directory;
+use pcow_format::medium::faulty::{Call, Failure, Faults, Plan};
+use pcow_format::{ErrorKind, FLUSH_FAILED_FILE, Image};
+
+use crate::setting::text;
+use pcow_format::medium::{Access, Site};
+pub use scenarios::{Medium, SCENARIOS, Scenario, World};
+
+/// The ways in which a call fails.
+pub const FAILURES: [(&str, Failure); 5] = [
+    ("EIO", Failure::Error(libc::EIO)),
+    ("ENOSPC", Failure::Error(libc::ENOSPC)),
+    ("ENOMEM", Failure::Error(libc::ENOMEM)),
+    ("EINTR", Failure::Error(libc::EINTR)),
+    ("short", Failure::Short),
+];
+
+/// What an operation does when a call fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// It fails with an error.
+    Refused,
+    /// It goes on: the call was not needed.
+    Tolerated,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refused => "refused",
+            Self::Tolerated => "tolerated",
+        })
+    }
+}
+
+/// Calls of one kind in one operation, and what came of their failures.
+pub type Cases = BTreeMap<(&'static str, Call), BTreeMap<Outcome, u64>>;
+
+/// Fails every call of every operation on `medium`.
+///
+/// # Errors
+/// The first case that was not handled.
+pub fn fail_all(medium: Medium) -> Result<Cases, String> {
+    let mut cases = Cases::new();
+    for scenario in SCENARIOS {
+        let calls = attempt(medium, scenario, None)?.0;
+        for (number, call) in calls.iter().enumerate() {
+            for (name, failure) in FAILURES {
+                for lasting in [false, true] {
+                    let plan = Plan {
+                        number,
+                        failure,
+                        lasting,
+                    };
+                    let tried = attempt(medium, scenario, Some(plan));
+                    let (_, outcome) = tried.map_err(|e| {
+                        let for_ever = if lasting { "from then on" } else { "once" };
+                        format!("{medium:?}, {}, call {number} ({call}) fails with {name} {for_ever}: {e}", scenario.name)
+                    })?;
+                    let case = cases.entry((scenario.name, call.clone())).or_default();
+                    if let Some(outcome) = outcome {
+                        *case.entry(outcome).or_default() += 1;
+                    }
+                }
+            }
+        }
+    }
+    Ok(cases)
+}
+
+/// Runs a scenario with a call failing, and looks at what is left. Returns the calls, and the outcome if one failed.
+fn attempt(
+    medium: Medium,
+    scenario: &Scenario,
+    plan: Option<Plan>,
+) -> Result<(Vec<Call>, Option<Outcome>), String> {
+    let faults = Faults::default();
+    let mut world = World::new(medium, &faults)?;
+    (scenario.prepare)(&mut world).map_err(text)?;
+    faults.begin(plan);
+    let done = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut world)));
+    let (calls, fired) = faults.end();
+    let result = done.map_err(|_| "a panic".to_owned())?;
+    let outcome = match (&result, fired) {
+        (Err(e), false) => return Err(format!("fails by itself: {e}")),
+        (Err(e), true) => {
+            check_error(e)?;
+            Some(Outcome::Refused)
+        }
+        (Ok(()), true) => Some(Outcome::Tolerated),
+        (Ok(()), false) => None,
+    };
+    let failed_flush = matches!(&result, Err(e) if e.kind() == ErrorKind::FlushFailed);
+    check_left(&mut world, scenario, result.is_ok(), failed_flush)?;
+    Ok((calls, outcome))
+}
+
+/// An error says what failed, and its cause.
+fn check_error(error: &pcow_format::Error) -> Result<(), String> {
+    let message = error.to_string();
+    if message.len() < 10 {
+        return Err(format!("an unclear error: {message}"));
+    }
+    Ok(())
+}
+
+fn check_left(
+    world: &mut World,
+    scenario: &Scenario,
+    done: bool,
+    failed_flush: bool,
+) -> Result<(), String> {
+    if let Some(image) = world.image.as_ref() {
+        check_disk(
+            |at, buf| image.read(at, buf),
+            &world.expected,
+            "the same image",
+        )?;
+        if failed_flush && image.flush().is_ok() {
+            return Err("a flush after one that failed succeeds".to_owned());
+        }
+        world.go_on()?;
+        let image = world.image();
+        check_disk(|at, buf| image.read(at, buf), &world.expected, "used on")?;
+        if !failed_flush {
+            image.flush().map_err(|e| format!("used on: {}", text(e)))?;
+        }
+        world.image = None;
+    }
+    let marked = world.mark();
+    if failed_flush && !marked {
+        return Err("a failed flush leaves no mark".to_owned());
+    }
+    world.check_images("afterwards")?;
+    if !done && scenario.again {
+        world
+            .reopen(scenario)
+            .map_err(|e| format!("to do it again: {e}"))?;
+        let again = (scenario.run)(world);
+        again.map_err(|e| format!("done again: {}", text(e)))?;
+        world.image = None;
+        world.check_images("after it was done again")?;
+    }
+    Ok(())
+}
+
+/// Compares what `read` gives with what must be shown.
+fn check_disk(
+    read: impl Fn(u64, &mut [u8]) -> pcow_format::Result<()>,
+    expected: &[u8],
+    what: &str,
+) -> Result<(), String> {
+    let mut found = vec![0; expected.len()];
+    read(0, &mut found).map_err(|e| format!("{what}: {}", text(e)))?;
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    differs.map_or(Ok(()), |at| {
+        Err(format!("{what} shows other bytes at {at}"))
+    })
+}
+
+impl World {
+    /// Whether a flush has failed; removes the mark, as somebody does who has checked the medium.
+    fn mark(&self) -> bool {
+        let Ok(dir) = self.plain.open_dir(scenarios::IMAGE) else {
+            return false;
+        };
+        let marked = dir.open(FLUSH_FAILED_FILE, Access::Read).is_ok();
+        if marked {
+            let _ = dir.unlink(Site("user.unlink"), FLUSH_FAILED_FILE);
+        }
+        marked
+    }
+
+    fn check_images(&self, when: &str) -> Result<(), String> {
+        for name in self.plain.names().map_err(|e| e.to_string())? {
+            if name.ends_with(".part") {
+                continue;
+            }
+            let dir: Arc<dyn Directory> = self.plain.open_dir(&name).map_err(|e| e.to_string())?;
+            let image = Image::load(dir, self.environment(false));
+            let image = image.map_err(|e| format!("{when}, {name}: {}", text(e)))?;
+            let what = format!("{when}, {name}");
+            check_disk(|at, buf| image.read(at, buf), &self.shown_by(&name), &what)?;
+            drop(image);
+            let checked = self.check_structure(&name);
+            checked.map_err(|e| format!("{when}, {e}"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which calls follow each other in which workloads, and those workloads with their calls in another order.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pcow_format::medium::sim::{Moment, replay};
+
+use super::Mutant;
+use crate::explorer::Explorer;
+use crate::search::{Recovered, WIDE, Workload};
+use crate::setting::{Scene, Setting};
+use crate::sites::is_of_others;
+use crate::workload::{Expected, Point, Run};
+
+/// Workloads in which a mutant is tried, at most, in each scene.
+const MAX_TRIES: usize = 16;
+
+/// What short workloads of one scene do.
+#[derive(Debug)]
+pub(super) struct Traces {
+    setting: Setting,
+    sites: BTreeSet<&'static str>,
+    /// Workloads, with the place in the last operation where the calls are.
+    places: BTreeMap<Mutant, Vec<(Workload, usize)>>,
+}
+
+/// What became of a mutant in one scene.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Tried {
+    Caught(String),
+    Impossible,
+    Missed,
+}
+
+impl Traces {
+    /// Performs all workloads of one operation and of two.
+    pub(super) fn record(scene: &'static Scene) -> Self {
+        let mut traces = Self {
+            setting: Setting::new(scene, None),
+            sites: BTreeSet::new(),
+            places: BTreeMap::new(),
+        };
+        for workload in super::tried() {
+            if let Some((_, points, _)) = perform(&traces.setting, &workload) {
+                traces.note(&workload, &points);
+            }
+        }
+        traces
+    }
+
+    fn note(&mut self, workload: &Workload, points: &[Point]) {
+        let sites: Vec<_> = points.iter().map(|p| p.moment.act().site.0).collect();
+        self.sites.extend(&sites);
+        let mut note = |mutant, place| {
+            let places: &mut Vec<_> = self.places.entry(mutant).or_default();
+            if places.len() < MAX_TRIES {
+                places.push((workload.clone(), place));
+            }
+        };
+        for (i, pair) in sites.windows(2).enumerate() {
+            if !(is_of_others(pair[0]) && is_of_others(pair[1])) {
+                note(Mutant::Swapped(pair[0], pair[1]), i);
+            }
+        }
+        if let Some(last) = sites.last().filter(|s| !is_of_others(s)) {
+            note(Mutant::Hasty(last), sites.len() - 1);
+        }
+    }
+
+    pub(super) fn scene(&self) -> &'static Scene {
+        self.setting.scene
+    }
+
+    /// Whether a call at `site` was made.
+    pub(super) fn has(&self, site: &str) -> bool {
+        self.sites.contains(site)
+    }
+
+    /// Orders in which the calls could have come.
+    pub(super) fn mutants(&self) -> Vec<Mutant> {
+        self.places.keys().copied().collect()
+    }
+
+    /// Tries a mutant in every workload in which it is one; `None` if there is none.
+    pub(super) fn attempt(&self, mutant: &Mutant) -> Option<Tried> {
+        let mut result = Tried::Impossible;
+        for (seed, (workload, place)) in (0..).zip(self.places.get(mutant)?) {
+            let (before, points, boot) = perform(&self.setting, workload)?;
+            let crashes = match mutant {
+                Mutant::Hasty(_) => hasty(&before, &points),
+                _ => swapped(&before, &points, *place),
+            };
+            let Some(crashes) = crashes else { continue };
+            result = Tried::Missed;
+            let recovered = Recovered::default();
+            let mut explorer = Explorer::new(&self.setting, WIDE, &recovered);
+            explorer.start(seed);
+            for (moment, expected) in &crashes {
+                if let Err(broken) = explorer.crash(moment, expected, boot) {
+                    let names: Vec<_> = workload.iter().map(|o| o.name).collect();
+                    let (scene, names) = (self.scene().name, names.join(", "));
+                    return Some(Tried::Caught(format!(
+                        "{} ({scene}: {names})",
+                        broken.problem
+                    )));
+                }
+            }
+        }
+        Some(result)
+    }
+}
+
+/// Performs a workload; returns the last operation. `None` if it cannot be done.
+fn perform(setting: &Setting, workload: &Workload) -> Option<(Moment, Vec<Point>, u128)> {
+    let mut run = Run::new(setting, 1).expect("the start of every scene opens");
+    for operation in workload {
+        if !run.perform(operation).expect("the format is sound") {
+            return None;
+        }
+    }
+    let points = run.points();
+    Some((run.before()?.clone(), points, run.boot))
+}
+
+type Crashes = Vec<(Moment, Expected)>;
+
+/// The last operation is over before its last call: what follows may meet a crash first.
+fn hasty(before: &Moment, points: &[Point]) -> Option<Crashes> {
+    let (last, earlier) = points.split_last()?;
+    let moment = earlier.last().map_or(before, |p| &p.moment);
+    Some(vec![(moment.clone(), last.expected.clone())])
+}
+
+/// The calls at `place` and behind it come in the other order. `None` if they cannot.
+fn swapped(before: &Moment, points: &[Point], place: usize) -> Option<Crashes> {
+    let start = place.checked_sub(1).map_or(before, |i| &points[i].moment);
+    let mut acts: Vec<_> = points[place..].iter().map(|p| p.moment.clone()).collect();
+    acts.swap(0, 1);
+    let moments = replay(start, &acts)?;
+    // Between the two, either may count as done: what the first was part of may have been answered.
+    let mut between = points[place].expected.clone();
+    between
+        .possible
+        .extend(points[place + 1].expected.possible.iter().cloned());
+    let mut crashes = vec![(moments[0].clone(), between)];
+    // Then the same calls were made, and it is at the latest at the end that one of them is missed.
+    let rest = moments.into_iter().zip(&points[place..]);
+    let mut rest: Vec<_> = rest.skip(1).collect();
+    if rest.len() > 2 {
+        rest.drain(1..rest.len() - 1);
+    }
+    let rest = rest.into_iter();
+    crashes.extend(rest.map(|(moment, point)| (moment, point.expected.clone())));
+    Some(crashes)
+}
