@@ -139,7 +139,9 @@ impl Stored {
     fn refuse_after_failed_flush(&self) -> Result<()> {
         match self.dir.open(FLUSH_FAILED_FILE, Access::Read) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            _ => {
+            // Whether one has failed is not known then.
+            Err(e) => Err(e).context(|| format!("cannot look for {FLUSH_FAILED_FILE}")),
+            Ok(_) => {
                 let what = "a flush of this image has failed: some of what was written last may not be on the medium";
                 Err(Error::new(ErrorKind::FlushFailed, what))
             }
@@ -529,15 +531,23 @@ impl Image {
     }
 
     /// Makes `root` the image's root and goes on with what it names.
+    ///
+    /// # Errors
+    /// `FlushFailed` if the root is in its place and may not be durable. After any other the image is as it was.
     pub(crate) fn commit(&mut self, root: Root) -> Result<()> {
         let stored = self.stored.with_root(root);
         // First, so that what cannot be opened does not become the root while this goes on with the old layer.
         let (active, below, _) = open_stack(&stored)?;
-        write_root(stored.dir.as_ref(), &stored.root)?;
+        let written = replace_root(stored.dir.as_ref(), &stored.root)?;
+        // From here on the next opening goes on in the new layer, so this does, too: the old one is sealed (I0).
         self.stored = stored;
         self.active = active;
         self.below = below;
-        Ok(())
+        match written {
+            Written::Durable => Ok(()),
+            // I4: nothing can be promised on a root that a power cut may take back, so no flush may succeed (I7).
+            Written::Visible(e) => Err(self.fail_flushes(&e)),
+        }
     }
 }
 

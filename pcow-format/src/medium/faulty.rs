@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::real::RealDirectory;
-use super::{Access, Directory, Domain, File, Site, Status};
+use super::{Access, Directory, Domain, File, Lease, Site, Status};
 
 /// One call through the seam.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -328,6 +328,11 @@ impl File for FaultyFile {
         self.inner.punch(site, range)
     }
 
+    fn share_storage(&self, site: Site, source: &dyn File) -> io::Result<bool> {
+        self.faults.check("share storage", Some(site))?;
+        self.inner.share_storage(site, source)
+    }
+
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         self.faults.check("look for data", None)?;
         self.inner.next_data(from)
@@ -364,6 +369,19 @@ impl File for FaultyFile {
             site: Some(site),
         });
         self.inner.fence(site);
+    }
+
+    fn take_lease(&self) -> io::Result<Lease> {
+        self.faults.check("take a lease", None)?;
+        self.inner.take_lease()
+    }
+
+    fn lease_holds(&self) -> bool {
+        self.inner.lease_holds()
+    }
+
+    fn end_lease(&self) {
+        self.inner.end_lease();
     }
 
     fn as_real(&self) -> Option<&std::fs::File> {

@@ -103,10 +103,14 @@ pub const SCENARIOS: &[Scenario] = &[
         let image = w.image.as_mut().expect("open");
         image.snapshot(None).map(drop)
     }),
-    scenario("rollback", snapshotted, |w| {
-        let image = w.image.as_mut().expect("open");
-        image.rollback("1", false).map(drop)
-    }),
+    Scenario {
+        // What was stored after the failure would go.
+        again: false,
+        ..scenario("rollback", snapshotted, |w| {
+            let image = w.image.as_mut().expect("open");
+            image.rollback("1", false).map(drop)
+        })
+    },
     scenario("rebase", touched, |w| {
         let image = w.image.as_mut().expect("open");
         image.rebase(Some(&based_on("other")), IMAGE).map(drop)

@@ -115,7 +115,7 @@ fn enumerate(traces: &[Traces]) -> Vec<Mutant> {
 }
 
 fn verdict(mutant: &Mutant, traces: &[Traces]) -> Verdict {
-    if let Some(reason) = reasons::by_kind(mutant) {
+    if let Some(reason) = reasons::without_trial(mutant) {
         return Verdict::Harmless(reason);
     }
     let found = match mutant {
@@ -159,7 +159,8 @@ fn tried() -> Vec<Workload> {
     let named = |name: &&str| Operation::named(name).expect("in the table");
     let longer = LONGER.iter().map(|names| names.iter().map(named).collect());
     let short = (0..=2).flat_map(workloads);
-    short.chain(longer).collect()
+    // These first: they are few.
+    longer.chain(short).collect()
 }
 
 /// The first violation in the workloads that mutants are tried on, with a flaw in the format.

@@ -43,11 +43,17 @@ fn orders(site: &str) -> bool {
         )
 }
 
-/// Why a swap of such calls is none, without trying.
-pub(super) fn by_kind(mutant: &Mutant) -> Option<&'static str> {
-    let Mutant::Swapped(first, second) = mutant else {
-        return None;
-    };
+/// Why nothing can be found wrong with `mutant`, so that it is not tried.
+pub(super) fn without_trial(mutant: &Mutant) -> Option<&'static str> {
+    match mutant {
+        Mutant::Named(_) => None,
+        Mutant::Without(site) => removal(site),
+        Mutant::Hasty(site) => hasty(site),
+        Mutant::Swapped(first, second) => by_kind(first, second),
+    }
+}
+
+fn by_kind(first: &str, second: &str) -> Option<&'static str> {
     if first == second {
         return Some("the same call for another file, word or cluster");
     }
@@ -62,14 +68,23 @@ pub(super) fn by_kind(mutant: &Mutant) -> Option<&'static str> {
     None
 }
 
-/// Why nothing is wrong with `mutant`.
-pub(super) fn reason(mutant: &Mutant) -> Option<&'static str> {
-    match mutant {
-        Mutant::Named(_) => None,
-        Mutant::Without(site) => removal(site),
-        Mutant::Swapped(..) | Mutant::Hasty(_) => None,
-    }
+fn hasty(site: &str) -> Option<&'static str> {
+    let gives_space_back = [".punch", ".unlink", ".rmdir"];
+    let only_space = gives_space_back.iter().any(|end| site.ends_with(end));
+    (only_space || site.ends_with(".reserve")).then_some("it only takes or gives back space")
 }
+
+/// Why nothing was found wrong with `mutant`.
+pub(super) fn reason(mutant: &Mutant) -> Option<&'static str> {
+    let Mutant::Swapped(first, second) = mutant else {
+        return None;
+    };
+    let fits = |(a, b, _): &&(&str, &str, &str)| first.starts_with(a) && second.starts_with(b);
+    FREE.iter().find(fits).map(|(_, _, reason)| *reason)
+}
+
+/// Swaps with an ordering point whose order is free: how the sites of the first and the second call begin, and why.
+const FREE: &[(&str, &str, &str)] = &[];
 
 fn removal(site: &str) -> Option<&'static str> {
     let listed = NOT_FOR_CRASHES.iter().find(|(name, _)| *name == site);
