@@ -3,6 +3,7 @@
 //! last call. The search must find each of them; where it cannot, there is a reason.
 
 mod named;
+pub use named::two_writers;
 mod reasons;
 mod traces;
 
