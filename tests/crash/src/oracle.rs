@@ -87,6 +87,7 @@ pub fn judge(
         case.judge_image(expected.image, &expected.possible, &mut hasher)?;
     let recovery = sim.moments();
     case.check_bystanders()?;
+    case.check_names()?;
     Ok(Survivor {
         image,
         name: expected.image,
@@ -195,6 +196,18 @@ impl Case<'_> {
             }
             let found = setting::layer_contents(self.setting.plan(), stored, snapshot.layer)?;
             check_equal(&format!("snapshot {number}"), &found, contents)?;
+        }
+        Ok(())
+    }
+
+    /// I6: what is called like an image is one, promised or not.
+    fn check_names(&self) -> Result<(), String> {
+        let names = self.sim.top().names().map_err(|e| e.to_string())?;
+        for name in names
+            .iter()
+            .filter(|n| n.starts_with("clone") && !n.ends_with(".part"))
+        {
+            setting::stored(self.sim, name, self.boot)?;
         }
         Ok(())
     }

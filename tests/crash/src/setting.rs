@@ -344,7 +344,8 @@ fn build(scene: &Scene, sim: &Sim, boot: u128) {
     }
     for name in scene.images() {
         let image = open(sim, name, boot).expect("a fresh image opens");
-        for cluster in plan.with(Role::Leftover) {
+        // Also below a cluster that says zero.
+        for cluster in plan.with(Role::Leftover).chain(plan.with(Role::Zero)) {
             write(&image, cluster * CLUSTER_BYTES, &[0xee; 8192]);
         }
         image.flush().expect("a sound medium flushes");
