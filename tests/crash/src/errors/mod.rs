@@ -17,6 +17,7 @@ use pcow_format::{ErrorKind, FLUSH_FAILED_FILE, Image};
 
 use crate::setting::text;
 use pcow_format::medium::{Access, Site};
+use scenarios::Start;
 pub use scenarios::{Medium, SCENARIOS, Scenario, World};
 
 /// The ways in which a call fails.
@@ -55,9 +56,15 @@ pub type Cases = BTreeMap<(&'static str, Call), BTreeMap<Outcome, u64>>;
 /// The first case that was not handled.
 pub fn fail_all(medium: Medium) -> Result<Cases, String> {
     let mut cases = Cases::new();
+    let start = World::new(medium, &Faults::default(), None)?.start();
     for scenario in SCENARIOS {
-        let calls = attempt(medium, scenario, None)?.0;
+        let calls = attempt(medium, &start, scenario, None)?.0;
         for (number, call) in calls.iter().enumerate() {
+            // Each attempt on the machine builds the images anew: the first call of a kind stands for the others.
+            let first = calls.iter().position(|c| c == call) == Some(number);
+            if medium == Medium::Real && !first {
+                continue;
+            }
             for (name, failure) in FAILURES {
                 for lasting in [false, true] {
                     let plan = Plan {
@@ -65,7 +72,7 @@ pub fn fail_all(medium: Medium) -> Result<Cases, String> {
                         failure,
                         lasting,
                     };
-                    let tried = attempt(medium, scenario, Some(plan));
+                    let tried = attempt(medium, &start, scenario, Some(plan));
                     let (_, outcome) = tried.map_err(|e| {
                         let for_ever = if lasting { "from then on" } else { "once" };
                         format!("{medium:?}, {}, call {number} ({call}) fails with {name} {for_ever}: {e}", scenario.name)
@@ -84,11 +91,12 @@ pub fn fail_all(medium: Medium) -> Result<Cases, String> {
 /// Runs a scenario with a call failing, and looks at what is left. Returns the calls, and the outcome if one failed.
 fn attempt(
     medium: Medium,
+    start: &Start,
     scenario: &Scenario,
     plan: Option<Plan>,
 ) -> Result<(Vec<Call>, Option<Outcome>), String> {
     let faults = Faults::default();
-    let mut world = World::new(medium, &faults)?;
+    let mut world = World::new(medium, &faults, Some(start))?;
     (scenario.prepare)(&mut world).map_err(text)?;
     faults.begin(plan);
     let done = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&mut world)));
@@ -166,13 +174,19 @@ fn check_disk(
     expected: &[u8],
     what: &str,
 ) -> Result<(), String> {
-    let mut found = vec![0; expected.len()];
-    read(0, &mut found).map_err(|e| format!("{what}: {}", text(e)))?;
-    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
-    differs.map_or(Ok(()), |at| {
-        Err(format!("{what} shows other bytes at {at}"))
-    })
+    let mut found = [0; HEAD_BYTES];
+    for (number, cluster) in (0..).zip(expected.chunks(scenarios::CLUSTER_LEN)) {
+        let offset = number * scenarios::CLUSTER;
+        read(offset, &mut found).map_err(|e| format!("{what}: {}", text(e)))?;
+        if found != cluster[..HEAD_BYTES] {
+            return Err(format!("{what} shows other bytes in cluster {number}"));
+        }
+    }
+    Ok(())
 }
+
+/// Bytes of each cluster that are compared: those that are stored to, and some behind them.
+const HEAD_BYTES: usize = 8192;
 
 impl World {
     /// The images of which a flush has failed.

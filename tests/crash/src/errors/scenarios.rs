@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use pcow_format::medium::faulty::Faults;
 use pcow_format::medium::real::RealDirectory;
-use pcow_format::medium::sim::Sim;
+use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Directory, Domain, Site};
 use pcow_format::ops::{Base, NewImage, create_in};
 use pcow_format::{
@@ -20,7 +20,8 @@ use uuid::Uuid;
 use crate::setting::text;
 
 pub(super) const IMAGE: &str = "img";
-const CLUSTER: u64 = 64 << 10;
+pub(super) const CLUSTER: u64 = 64 << 10;
+pub(super) const CLUSTER_LEN: usize = 64 << 10;
 const DISK: usize = 2 << 20;
 /// Clusters that operations store to, by what they are at first.
 const IN_BASE: u64 = 1;
@@ -51,7 +52,22 @@ pub struct World {
     pub(super) expected: Vec<u8>,
     base: Vec<u8>,
     other: Vec<u8>,
-    _scratch: Option<tempfile::TempDir>,
+    scratch: Option<Scratch>,
+}
+
+/// What the images are in.
+#[derive(Debug)]
+enum Scratch {
+    Sim(Sim),
+    #[expect(dead_code, reason = "it is removed when this is dropped")]
+    Real(tempfile::TempDir),
+}
+
+/// Images that were built already, where a copy of them is cheap.
+#[derive(Debug)]
+pub(super) struct Start {
+    moment: Option<Moment>,
+    shown: [Vec<u8>; 3],
 }
 
 /// An operation whose calls are to fail.
@@ -74,7 +90,7 @@ pub const SCENARIOS: &[Scenario] = &[
         w.open_faulty()
     }),
     scenario("read", nothing, |w| {
-        let mut found = vec![0; DISK];
+        let mut found = vec![0; 8 * CLUSTER_LEN];
         w.image().read(0, &mut found)
     }),
     scenario("check", close, |w| {
@@ -191,18 +207,24 @@ fn seam(error: std::io::Error) -> pcow_format::Error {
 }
 
 impl World {
-    pub(super) fn new(medium: Medium, faults: &Faults) -> std::result::Result<Self, String> {
-        let (plain, scratch): (Arc<dyn Directory>, _) = match medium {
-            Medium::Sim(domain) => {
-                let sim = Sim::new(domain);
+    /// The images, built anew; on the simulation only if there is no `start` to take them from.
+    pub(super) fn new(
+        medium: Medium,
+        faults: &Faults,
+        start: Option<&Start>,
+    ) -> std::result::Result<Self, String> {
+        let (plain, scratch): (Arc<dyn Directory>, _) = match (medium, start) {
+            (Medium::Sim(domain), _) => {
+                let copy = start.and_then(|s| s.moment.as_ref());
+                let sim = copy.map_or_else(|| Sim::new(domain), Moment::process_death);
                 let failing = sim.clone();
                 faults.on_failed_sync(move |name| failing.fail_write_back(name));
-                (sim.top(), None)
+                (sim.top(), Some(Scratch::Sim(sim)))
             }
-            Medium::Real => {
+            (Medium::Real, _) => {
                 let scratch = tempfile::tempdir().map_err(|e| e.to_string())?;
                 let dir = RealDirectory::open(scratch.path()).map_err(|e| e.to_string())?;
-                (dir, Some(scratch))
+                (dir, Some(Scratch::Real(scratch)))
             }
         };
         let mut world = Self {
@@ -213,10 +235,32 @@ impl World {
             expected: vec![0; DISK],
             base: vec![0; DISK],
             other: vec![0; DISK],
-            _scratch: scratch,
+            scratch,
         };
-        world.build().map_err(text)?;
+        match start.filter(|s| s.moment.is_some()) {
+            Some(start) => {
+                [&mut world.expected, &mut world.base, &mut world.other]
+                    .into_iter()
+                    .zip(&start.shown)
+                    .for_each(|(to, from)| to.clone_from(from));
+                world.open_faulty().map_err(text)?;
+            }
+            None => world.build().map_err(text)?,
+        }
         Ok(world)
+    }
+
+    /// These images, to begin from again.
+    pub(super) fn start(&mut self) -> Start {
+        self.image = None;
+        let moment = match &self.scratch {
+            Some(Scratch::Sim(sim)) => Some(sim.now()),
+            _ => None,
+        };
+        Start {
+            moment,
+            shown: [&self.expected, &self.base, &self.other].map(Clone::clone),
+        }
     }
 
     fn build(&mut self) -> Result<()> {
