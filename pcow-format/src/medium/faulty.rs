@@ -51,6 +51,8 @@ pub struct Plan {
     pub lasting: bool,
 }
 
+type OnFailedSync = Box<dyn Fn(&str) + Send>;
+
 #[derive(Default)]
 struct Inner {
     calls: Vec<Call>,
@@ -58,7 +60,7 @@ struct Inner {
     /// The call that lasting failures are like.
     failed: Option<Call>,
     fired: bool,
-    on_failed_sync: Option<Box<dyn Fn(&str) + Send>>,
+    on_failed_sync: Option<OnFailedSync>,
 }
 
 /// What goes wrong on a medium. Clones are handles of the same.

@@ -147,3 +147,25 @@ fn a_snapshot_whose_layers_cannot_be_opened_changes_nothing() {
     dir.rename(site, "elsewhere", &name).unwrap();
     image.snapshot(Some("s")).unwrap();
 }
+
+/// The last sync of a commit failed. The snapshot told so and went on in the old layer, which the root on the medium now
+/// called sealed: what a guest stored then changed a sealed layer, against its checksum. It now goes on in the new layer,
+/// and since a power cut may take the root back, no flush succeeds any more.
+#[test]
+fn after_a_root_that_may_not_be_durable_no_flush_succeeds_and_no_sealed_layer_changes() {
+    let (sim, mut image, boot) = start(Domain::PageCache);
+    sim.fail(Site("root.dir.sync"), 5);
+    let error = image.snapshot(Some("s")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FlushFailed, "{error}");
+    image
+        .make_writable(Cluster(BASE).only(), &mut Vec::new())
+        .unwrap();
+    assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::FlushFailed);
+    drop(image);
+    let refused = setting::try_open(&sim, IMAGE, boot).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FlushFailed, "{refused}");
+    let stored = setting::stored(&sim, IMAGE, boot).unwrap();
+    assert_eq!(stored.root().snapshots.len(), 1);
+    let report = pcow_format::check::check(&stored).unwrap();
+    assert_eq!(report.corruptions, Vec::<String>::new());
+}

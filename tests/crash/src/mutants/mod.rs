@@ -100,6 +100,12 @@ pub fn try_all(tell: &(impl Fn(&Mutant, &Verdict) + Sync)) -> Vec<(Mutant, Verdi
     done
 }
 
+/// Tries the mutants that have a name.
+pub fn try_named() -> Vec<(Mutant, Verdict)> {
+    let names = named::ALL.iter().map(|n| Mutant::Named(n.name));
+    names.map(|m| (m, verdict(&m, &[]))).collect()
+}
+
 fn named_scene(name: &str) -> &'static Scene {
     Scene::named(name).expect("a scene of the table")
 }
