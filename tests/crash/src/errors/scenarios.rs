@@ -357,6 +357,9 @@ impl World {
 
     /// The image is used on after a failure.
     pub(super) fn go_on(&mut self) -> std::result::Result<(), String> {
+        // What a snapshot that was not taken may have closed is opened again by whoever goes on.
+        let image = self.image.as_mut();
+        image.map_or(Ok(()), Image::reopen).map_err(text)?;
         self.store(LATER, 0x99).map_err(text)
     }
 

@@ -94,7 +94,8 @@ pub fn two_writers(flaw: Option<Flaw>) -> Result<(), String> {
     mutant::set(flaw);
     let first = Image::open(&path, &[]).map_err(|e| e.to_string())?;
     let lock = first.lock().ok_or("an image without lock")?;
-    give_up(lock.in_use(), 0).map_err(|e| e.to_string())?;
+    let in_use = lock.in_use().ok_or("an image that nobody has in use")?;
+    give_up(in_use, 0).map_err(|e| e.to_string())?;
     let second = Image::open(&path, &[]);
     mutant::set(None);
     match second {

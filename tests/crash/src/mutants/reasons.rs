@@ -28,6 +28,11 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "layer.map.zeros",
         "for full disks, and so that stores need no journal",
     ),
+    (
+        "delete.mark.sync",
+        "for space: without it a power cut may leave a deletion's files without their marks",
+    ),
+    ("delete.mark.unlink", "gives a name back"),
     ("layer.unlink", "gives space back"),
     ("sweep.part.unlink", "gives space back"),
 ];

@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use pcow_format::medium::{Access, Site};
+use pcow_format::ops::Checksum;
 use pcow_format::{ErrorKind, Image, ROOT_FILE};
 
 use super::{Run, other_base};
-use crate::model::Model;
+use crate::model::{Model, Role};
 use crate::random::newest;
 use crate::setting::{self, text};
 
@@ -20,6 +21,52 @@ impl Run<'_> {
     pub(super) fn snapshot(&mut self) -> Result<bool, String> {
         let after = self.model().with_snapshot();
         self.change_tree(&[after], |image| image.snapshot(None).map(drop))
+    }
+
+    /// As of a running guest: one attempt is given up; then the guest stores once more while the snapshot is prepared. The
+    /// checksum follows.
+    pub(super) fn live_snapshot(&mut self) -> Result<bool, String> {
+        self.unseen(|image| {
+            let prepared = image.prepare_snapshot(None)?;
+            image.abandon_snapshot(prepared);
+            Ok(())
+        })?;
+        let prepared = self.unseen(|image| image.prepare_snapshot(None))?;
+        self.store(Role::Absent)?;
+        let after = self.model().with_snapshot();
+        let taken = |image: &mut Image| image.take_snapshot(prepared, Checksum::Later).map(drop);
+        self.change_tree(&[after], taken)?;
+        self.change_tree(&[], |image| {
+            if let Some(root) = image.write_checksums()? {
+                image.adopt_root(root);
+            }
+            Ok(())
+        })
+    }
+
+    /// The oldest snapshot.
+    pub(super) fn delete(&mut self) -> Result<bool, String> {
+        let Some((number, _)) = self.model().snapshots.first().cloned() else {
+            return Ok(false);
+        };
+        self.delete_number(number)
+    }
+
+    fn delete_number(&mut self, number: u64) -> Result<bool, String> {
+        let after = self.model().without_snapshot(number);
+        self.change_tree(&[after], |image| {
+            image.delete_snapshot(&number.to_string()).map(drop)
+        })
+    }
+
+    /// Two layers that both hold something become one.
+    pub(super) fn delete_merging(&mut self) -> Result<bool, String> {
+        self.store(Role::Absent)?;
+        self.snapshot()?;
+        let number = self.model().snapshots.last().map(|(number, _)| *number);
+        self.store(Role::Zero)?;
+        self.snapshot()?;
+        self.delete_number(number.ok_or("no snapshot was taken")?)
     }
 
     pub(super) fn rollback(&mut self, discard: bool) -> Result<bool, String> {
