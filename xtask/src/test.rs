@@ -97,7 +97,7 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
         "warnings",
     ];
     report.cargo("lint-lab", &lint_lab);
-    let built = report.cargo("build", &["build", "--release", "--workspace", "--bins"]);
+    let built = report.cargo("build", &["build", "--release", "--bins"]);
     let machine = if arguments.no_guest {
         Some(None)
     } else {

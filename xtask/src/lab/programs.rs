@@ -67,10 +67,10 @@ pub struct Programs {
 /// # Errors
 /// cargo fails or does not make one of the programs.
 pub fn build() -> Result<Programs> {
-    let mut arguments = vec!["build", "--release", "--workspace", "--bins"];
+    let mut arguments = vec!["build", "--release", "--bins"];
     let mut artifacts = cargo(&arguments)?;
     // The same features for all packages as in other runs, so that nothing is built twice.
-    arguments = vec!["test", "--release", "--workspace", "--no-run", "--lib"];
+    arguments = vec!["test", "--release", "--no-run", "--lib"];
     for (_, target) in TESTS
         .iter()
         .filter(|(package, target)| !is_library(package, target))
