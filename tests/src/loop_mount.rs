@@ -12,6 +12,7 @@ use crate::waiting::wait_until;
 #[derive(Debug)]
 pub struct LoopMount {
     folder: Scratch,
+    is_on_tmpfs: bool,
 }
 
 fn run(program: &str, arguments: &[&str]) {
@@ -35,8 +36,22 @@ impl LoopMount {
         Self::new(mib, &["mkfs.xfs", "-q", "-m", "reflink=1"])
     }
 
-    fn new(mib: u64, mkfs: &[&str]) -> Self {
+    /// An ext4 filesystem of `mib` MiB on a disk that stores no more than `stored_mib` MiB.
+    pub fn ext4_on_tmpfs(mib: u64, stored_mib: u64) -> Self {
         let folder = Scratch::new();
+        let size = format!("size={stored_mib}m");
+        let at = folder.path("").to_str().unwrap().to_owned();
+        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", &at]);
+        let mut mount = Self::within(folder, mib, &["mkfs.ext4", "-q", "-m", "0"]);
+        mount.is_on_tmpfs = true;
+        mount
+    }
+
+    fn new(mib: u64, mkfs: &[&str]) -> Self {
+        Self::within(Scratch::new(), mib, mkfs)
+    }
+
+    fn within(folder: Scratch, mib: u64, mkfs: &[&str]) -> Self {
         let device = folder.path("device");
         let file = std::fs::File::create(&device).unwrap();
         file.set_len(mib << 20).unwrap();
@@ -46,12 +61,23 @@ impl LoopMount {
         let at = folder.path("mnt");
         std::fs::create_dir(&at).unwrap();
         run("mount", &["-o", "loop", &device, at.to_str().unwrap()]);
-        Self { folder }
+        Self {
+            folder,
+            is_on_tmpfs: false,
+        }
     }
 
     /// Where it is mounted.
     pub fn path(&self) -> PathBuf {
         self.folder.path("mnt")
+    }
+
+    /// Has the disk of [`LoopMount::ext4_on_tmpfs`] fail each write to a place that it does not store yet.
+    pub fn take_space_of_device(&self) {
+        let file = std::fs::File::create(self.folder.path("ballast")).unwrap();
+        for piece in [1 << 20, 4096] {
+            while grow(&file, file.metadata().unwrap().len(), piece) {}
+        }
     }
 
     /// Fills it with the file `name` until `left` bytes are free, and stay so: XFS gives the blocks of removed files back
@@ -97,6 +123,10 @@ fn free(path: &Path) -> u64 {
 impl Drop for LoopMount {
     fn drop(&mut self) {
         // Lazily: a failing test may still have a backend in it.
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+        let umount = |path| Command::new("umount").arg("-l").arg(path).status();
+        let _ = umount(self.path());
+        if self.is_on_tmpfs {
+            let _ = umount(self.folder.path(""));
+        }
     }
 }

@@ -7,6 +7,7 @@
 
 mod clones;
 mod devices;
+mod flushes;
 mod monitor;
 mod reattach;
 mod refusals;
