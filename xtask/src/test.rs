@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use crate::arch;
 use crate::boot::Boot;
 use crate::cache::Cache;
-use crate::crash;
 use crate::error::{Error, Result};
 use crate::guest;
 use crate::lab;
@@ -106,14 +105,12 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
     match (built, machine) {
         (Some(()), Some(machine)) => {
             test(arguments, machine.as_ref(), report);
-            report.run("crash", || crash::search(&[]));
             if arguments.with_lab() {
                 report.run("lab", || lab::short(cache));
             }
         }
         _ => {
             report.not_run("test");
-            report.not_run("crash");
             if arguments.with_lab() {
                 report.not_run("lab");
             }

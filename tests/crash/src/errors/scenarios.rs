@@ -222,7 +222,9 @@ impl World {
                 (sim.top(), Some(Scratch::Sim(sim)))
             }
             (Medium::Real, _) => {
-                let scratch = tempfile::tempdir().map_err(|e| e.to_string())?;
+                // In memory where there is a place for that: thousands of images are made, and a disk takes its time.
+                let scratch = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+                let scratch = scratch.map_err(|e| e.to_string())?;
                 let dir = RealDirectory::open(scratch.path()).map_err(|e| e.to_string())?;
                 (dir, Some(Scratch::Real(scratch)))
             }
