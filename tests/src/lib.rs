@@ -17,6 +17,7 @@ pub mod proc;
 pub mod qemu;
 pub mod qmp;
 pub mod random;
+pub mod records;
 pub mod scratch;
 pub mod soak;
 pub mod tpm;

@@ -8,6 +8,7 @@
 mod clones;
 mod devices;
 mod flushes;
+mod live_snapshots;
 mod monitor;
 mod reattach;
 mod refusals;

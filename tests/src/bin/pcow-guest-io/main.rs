@@ -5,6 +5,7 @@
 //! in between (mmap(2)), so that a run that succeeds is a proof of DAX.
 #![allow(clippy::unwrap_used)]
 
+mod records;
 mod zerocopy;
 
 use std::fs::{File, OpenOptions};
@@ -21,7 +22,10 @@ pcow-guest-io store FILE OFFSET LENGTH SEED    store the pattern of SEED
 pcow-guest-io verify FILE OFFSET LENGTH SEED   load, and fail unless it is the pattern of SEED
 pcow-guest-io read FILE OFFSET LENGTH DISK     let the kernel read from the same place of DISK, directly (O_DIRECT)
 pcow-guest-io send FILE OFFSET LENGTH PEER     send over TCP without a copy (MSG_ZEROCOPY) to ADDRESS:PORT
-pcow-guest-io tick FILE OFFSET LENGTH          store and verify for ever, and say so";
+pcow-guest-io tick FILE OFFSET LENGTH          store and verify for ever, and say so
+pcow-guest-io records append|store FILE SEED   append records by write(2), or store them, until it has to stop
+pcow-guest-io records load FILE DISK           the same, reading them from DISK directly
+pcow-guest-io records count FILE SEED          say how many there are, and fail if they are not the first ones";
 
 /// Stores and checks that make one line of `tick`.
 const ROUNDS_PER_TICK: u64 = 100;
@@ -45,7 +49,8 @@ fn main() -> ExitCode {
             Piece::map(file, number(offset), number(length)).verify(number(seed))
         }
         ["read", file, offset, length, disk] => {
-            Piece::map(file, number(offset), number(length)).read_from(disk);
+            let offset = number(offset);
+            Piece::map(file, offset, number(length)).read_from(disk, offset);
             ExitCode::SUCCESS
         }
         ["send", file, offset, length, peer] => {
@@ -53,11 +58,26 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         ["tick", file, offset, length] => Piece::map(file, number(offset), number(length)).tick(),
+        ["records", how, file, source] => records(how, file, source),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn records(how: &str, file: &str, source: &str) -> ExitCode {
+    match how {
+        "append" => records::append(file, number(source)),
+        "store" => records::store(file, number(source)),
+        "load" => records::load(file, source),
+        "count" => println!("{file}: {}", records::count(file, number(source))),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 /// A number of bytes, with K or M for units of 1024 and its square.
@@ -100,14 +120,15 @@ impl Piece {
         }
     }
 
-    fn read_from(&mut self, disk: &str) {
+    /// Has the kernel read from `offset` of `disk`.
+    fn read_from(&mut self, disk: &str, offset: u64) {
         let direct = i32::try_from(OFlags::DIRECT.bits()).unwrap();
         let disk = OpenOptions::new()
             .read(true)
             .custom_flags(direct)
             .open(disk)
             .unwrap();
-        let got = rustix::io::pread(&disk, &mut *self.bytes, self.offset).unwrap();
+        let got = rustix::io::pread(&disk, &mut *self.bytes, offset).unwrap();
         assert_eq!(got, self.bytes.len(), "bytes read");
     }
 
