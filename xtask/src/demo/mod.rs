@@ -90,7 +90,8 @@ fn show(stage: &Stage) -> Result<()> {
     let written = guest_writes(stage)?;
     guest_reads_again(stage, &written)?;
     clone_diverges(stage)?;
-    snapshot_comes_back(stage)
+    snapshot_comes_back(stage)?;
+    running_guest_is_snapshotted(stage)
 }
 
 fn explanation() -> String {
@@ -217,5 +218,48 @@ fn snapshot_comes_back(stage: &Stage) -> Result<()> {
     claim(
         "what the rollback replaced can be brought back, too",
         list.contains("before-rollback-"),
+    )
+}
+
+const WORK: &str = "\
+mount /dev/pmem0 /mnt
+echo 'Monday' > /mnt/day
+sync
+echo \"written: $(cat /mnt/day)\"
+read -r line
+echo 'Tuesday' > /mnt/day
+rm /mnt/file
+sync
+echo \"changed: $(cat /mnt/day)\"
+read -r line
+echo \"still: $(cat /mnt/day)\"
+";
+
+const LOOK_BACK: &str = "\
+mount /dev/pmem0 /mnt
+echo \"shown: $(cat /mnt/day), file of $(stat -c %s /mnt/file) bytes\"
+";
+
+fn running_guest_is_snapshotted(stage: &Stage) -> Result<()> {
+    title(
+        "6. A snapshot is taken of a guest that runs, and a clone of it shows the past beside it",
+    );
+    stage.shell("mkfifo keyboard")?;
+    let mut guest = stage.boot_in_background("clone", "keyboard", WORK)?;
+    guest.wait_for("written")?;
+    stage.shell("pcow-img snapshot clone.pcow monday")?;
+    stage.shell("echo 'go on' > keyboard")?;
+    guest.wait_for("changed")?;
+    stage.shell("pcow-img create --base clone.pcow@monday past.pcow")?;
+    let past = stage.boot("past", LOOK_BACK)?;
+    claim(
+        "the clone shows what there was when the snapshot was taken",
+        past.value("shown")? == "Monday, file of 8388608 bytes",
+    )?;
+    stage.shell("echo 'go on' > keyboard")?;
+    let present = guest.finish()?;
+    claim(
+        "the guest has gone on, and has what it wrote afterwards",
+        present.value("still")? == "Tuesday",
     )
 }

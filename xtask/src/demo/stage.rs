@@ -3,10 +3,11 @@
 //!
 //! Does not know the story.
 
+use std::cell::Cell;
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Split, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -27,6 +28,8 @@ const EXIT_MARK: &str = "PCOW-GUEST-EXIT ";
 pub struct Stage {
     folder: PathBuf,
     path: OsString,
+    /// How many jobs would run in the background of a shell that all of this is typed into.
+    jobs: Cell<u32>,
 }
 
 /// What a guest said.
@@ -57,6 +60,7 @@ impl Stage {
         Ok(Self {
             folder: folder.to_path_buf(),
             path,
+            jobs: Cell::new(0),
         })
     }
 
@@ -79,30 +83,52 @@ impl Stage {
     /// # Errors
     /// Backend, QEMU or script fail.
     pub fn boot(&self, name: &str, script: &str) -> Result<Answers> {
+        self.start(name, None, script)?.finish()
+    }
+
+    /// The same, for a guest that runs in the background and reads what is written to the FIFO `keyboard`.
+    ///
+    /// # Errors
+    /// Backend or QEMU cannot be started.
+    pub fn boot_in_background(
+        &self,
+        name: &str,
+        keyboard: &str,
+        script: &str,
+    ) -> Result<Guest<'_>> {
+        self.start(name, Some(keyboard), script)
+    }
+
+    fn start(&self, name: &str, keyboard: Option<&str>, script: &str) -> Result<Guest<'_>> {
         println!("  $ pcow-backend --socket {name}.sock --image {name}.pcow 2> {name}.log &");
         let backend = Backend::start(self, name)?;
-        println!("  $ sh boot.sh {name}.sock << 'END'");
+        let socket = format!("{name}.sock");
+        match keyboard {
+            Some(keyboard) => println!("  $ sh boot.sh {socket} {keyboard} << 'END' &"),
+            None => println!("  $ sh boot.sh {socket} << 'END'"),
+        }
         for line in script.lines() {
             println!("      {line}");
         }
         println!("  END");
-        let answers = self.guest(name, script)?;
-        println!("  $ kill %1");
-        backend.stop()?;
-        Ok(answers)
-    }
-
-    fn guest(&self, name: &str, script: &str) -> Result<Answers> {
         let mut command = self.command("sh");
         command
-            .args(["boot.sh", &format!("{name}.sock")])
+            .args(["boot.sh", &socket])
+            .args(keyboard)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        let mut guest = Running::start(&mut command)?;
-        guest.feed(script)?;
-        let answers = guest.listen()?;
-        guest.end()?;
-        Ok(answers)
+        let mut process = Running::start(&mut command)?;
+        process.feed(script)?;
+        let job = self.jobs.get() + 1;
+        self.jobs.set(job + u32::from(keyboard.is_some()));
+        Ok(Guest {
+            lines: process.0.stdout.take().map(Lines::new),
+            process,
+            backend,
+            answers: Vec::new(),
+            stage: self,
+            job,
+        })
     }
 
     /// A command that runs in the folder and finds the programs.
@@ -141,6 +167,81 @@ pub fn claim(text: &str, holds: bool) -> Result<()> {
         return Ok(());
     }
     Err(Error::Failed(format!("this is not so: {text}")))
+}
+
+/// A guest that runs, and its backend.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    process: Running,
+    backend: Backend,
+    lines: Option<Lines>,
+    answers: Vec<String>,
+    stage: &'a Stage,
+    /// The number of the backend's job; that of a guest in the background follows.
+    job: u32,
+}
+
+impl Guest<'_> {
+    /// Shows what the guest says until it has said something after `key`, and returns that.
+    ///
+    /// # Errors
+    /// The guest ended before.
+    pub fn wait_for(&mut self, key: &str) -> Result<String> {
+        while let Some(line) = self.next_line() {
+            let after = line
+                .strip_prefix(key)
+                .and_then(|rest| rest.strip_prefix(": "));
+            let value = after.map(str::to_owned);
+            self.show(line);
+            if let Some(value) = value {
+                return Ok(value);
+            }
+        }
+        Err(Error::Failed(format!("the guest did not say '{key}'")))
+    }
+
+    /// Waits for the end of the guest, whose script has to succeed, and ends the backend.
+    ///
+    /// # Errors
+    /// Backend, QEMU or script have failed.
+    pub fn finish(mut self) -> Result<Answers> {
+        if self.stage.jobs.get() > self.job {
+            println!("  $ wait %{}", self.job + 1);
+        }
+        let status = self.listen();
+        // The kernel's last words.
+        self.lines.into_iter().flatten().for_each(drop);
+        match status.as_deref() {
+            Some("0") => {}
+            Some(status) => return Err(Error::Failed(format!("the guest's script ({status})"))),
+            None => return Err(Error::Failed("the guest ended before its script".into())),
+        }
+        self.process.end()?;
+        println!("  $ kill %{}", self.job);
+        self.stage.jobs.set(self.job - 1);
+        self.backend.stop()?;
+        Ok(Answers(self.answers))
+    }
+
+    /// Shows and collects what the guest says, and returns the status of its script.
+    fn listen(&mut self) -> Option<String> {
+        while let Some(line) = self.next_line() {
+            if let Some(status) = line.strip_prefix(EXIT_MARK) {
+                return Some(status.to_owned());
+            }
+            self.show(line);
+        }
+        None
+    }
+
+    fn next_line(&mut self) -> Option<String> {
+        self.lines.as_mut()?.next()
+    }
+
+    fn show(&mut self, line: String) {
+        println!("  {line}");
+        self.answers.push(line);
+    }
 }
 
 /// A backend in the background; killed when dropped.
@@ -195,27 +296,6 @@ impl Running {
         written.map_err(run::start_error(&self.1))
     }
 
-    /// Shows and collects what a guest says, whose script has to succeed.
-    fn listen(&mut self) -> Result<Answers> {
-        let mut answers = Vec::new();
-        let mut lines = self.0.stdout.take().into_iter().flat_map(lines);
-        let status = lines.find_map(|line| {
-            if let Some(status) = line.strip_prefix(EXIT_MARK) {
-                return Some(status.to_owned());
-            }
-            println!("  {line}");
-            answers.push(line);
-            None
-        });
-        // The kernel's last words.
-        lines.for_each(drop);
-        match status.as_deref() {
-            Some("0") => Ok(Answers(answers)),
-            Some(status) => Err(Error::Failed(format!("the guest's script ({status})"))),
-            None => Err(Error::Failed("the guest ended before its script".into())),
-        }
-    }
-
     fn end(&mut self) -> Result<()> {
         let status = self.0.wait().map_err(run::start_error(&self.1))?;
         if status.success() {
@@ -225,11 +305,23 @@ impl Running {
     }
 }
 
-fn lines(output: ChildStdout) -> impl Iterator<Item = String> {
-    BufReader::new(output)
-        .split(b'\n')
-        .map_while(std::result::Result::ok)
-        .map(|line| String::from_utf8_lossy(&line).trim_end().to_owned())
+/// The lines of a process's output.
+#[derive(Debug)]
+struct Lines(Split<BufReader<ChildStdout>>);
+
+impl Lines {
+    fn new(output: ChildStdout) -> Self {
+        Self(BufReader::new(output).split(b'\n'))
+    }
+}
+
+impl Iterator for Lines {
+    type Item = String;
+
+    fn next(&mut self) -> Option<String> {
+        let line = self.0.next()?.ok()?;
+        Some(String::from_utf8_lossy(&line).trim_end().to_owned())
+    }
 }
 
 impl Drop for Running {
