@@ -86,3 +86,37 @@ pub fn count(path: &str, seed: u64) -> u64 {
     }
     count
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use pcow_tests::pattern;
+    use pcow_tests::records::RECORD;
+
+    use super::count;
+
+    /// Counts the records in a file of eight, of which those in `bad` are zeros.
+    fn count_without(bad: &[usize]) -> u64 {
+        let mut bytes = [0; 8 * RECORD];
+        pattern::fill(5, 0, &mut bytes);
+        for record in bad {
+            bytes[record * RECORD..][..RECORD].fill(0);
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        count(file.path().to_str().unwrap(), 5)
+    }
+
+    #[test]
+    fn records_are_counted_up_to_the_first_that_is_none() {
+        assert_eq!(count_without(&[]), 8);
+        assert_eq!(count_without(&[6, 7]), 6);
+    }
+
+    #[test]
+    #[should_panic(expected = "a record at 1536 behind a gap")]
+    fn a_record_behind_a_gap_is_found() {
+        count_without(&[5]);
+    }
+}
