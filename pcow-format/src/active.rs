@@ -347,14 +347,23 @@ impl Active {
     /// `FlushFailed`: the words are as they were, or absent in part. `Io`: they are absent, and storage is lost. What the
     /// disk shows is the same in every case.
     pub fn give_back(&self, runs: &[ClusterRange]) -> Result<()> {
+        let absent: Vec<_> = runs.iter().map(|run| (*run, State::Absent)).collect();
+        self.discard(&absent)
+    }
+
+    /// Gives `runs` these states, none of which is data, and their storage back.
+    ///
+    /// # Errors
+    /// `FlushFailed`: the words are as they were, or changed in part. `Io`: they are changed, and storage is lost.
+    pub(crate) fn discard(&self, runs: &[(ClusterRange, State)]) -> Result<()> {
         if runs.is_empty() {
             return Ok(());
         }
         self.unless_failed(|| {
-            for run in runs {
+            for (run, state) in runs {
                 // First: what is ready and absent counts as prepared, and may be punched at any time.
                 self.ready().set(*run, false);
-                self.set_words(*run, State::Absent)?;
+                self.set_words(*run, *state)?;
             }
             if self.domain == Domain::PageCache {
                 // I3: the words are durable before the bytes that they spoke of go. On DAX they are since their fence.
@@ -364,13 +373,56 @@ impl Active {
             }
             Ok(())
         })?;
-        for run in runs {
+        for (run, _) in runs {
             let range = self.cluster.byte_range(*run);
             self.data
                 .punch(Site("active.give_back_clean.punch"), range)
                 .context(|| format!("cannot give back space of layer {}", self.name))?;
         }
         Ok(())
+    }
+
+    /// Writes over bytes of clusters that are data; durable after a flush.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; the bytes are old or new then.
+    pub(crate) fn overwrite(&self, offset: u64, content: &[u8]) -> Result<()> {
+        self.data
+            .write_at(Site("active.overwrite"), content, offset)
+            .context(|| format!("cannot write the data of layer {}", self.name))
+    }
+
+    /// Makes `run`, absent here and reading zero, data that holds `range` of `source`, and zeros around it.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`; the words are unchanged then.
+    pub(crate) fn import(
+        &self,
+        run: ClusterRange,
+        source: &dyn File,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let context = || format!("cannot copy into layer {}", self.name);
+        let own = self.cluster.byte_range(run);
+        // Not ready: what came by sharing has no storage of its own yet.
+        self.ready().set(run, false);
+        self.data.leave_room(&range).context(context)?;
+        if !self.is_hole(&own).context(context)? {
+            // I3: bytes that mean nothing must not appear around the new ones.
+            self.data
+                .punch(Site("active.import.punch"), own)
+                .context(context)?;
+        }
+        self.data
+            .copy_from(Site("active.import.copy"), source, range)
+            .context(context)?;
+        if self.domain == Domain::Dax {
+            // I1: the words that follow are durable at once.
+            self.data
+                .sync_data(Site("active.import.sync"))
+                .context(context)?;
+        }
+        self.mark_data(run)
     }
 
     /// Makes everything stored so far durable. Once it has failed it fails for ever (I7).

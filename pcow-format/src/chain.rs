@@ -5,6 +5,8 @@
 //! stack. A block of 2,048 granules is resolved at once and remembered: layers of a chain never change (I0), so what
 //! is remembered never becomes wrong.
 
+mod walk;
+
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +15,8 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::map::{self, State, Word};
 use crate::medium::{File, read_exact_at};
 use crate::units::{self, Cluster, ClusterSize, MAX_CLUSTER_BYTES};
+
+pub use walk::{Piece, Walk};
 
 const GRANULES_PER_BLOCK: usize = 2048;
 /// Blocks remembered at most: 16,384 of 4 KiB.

@@ -514,7 +514,7 @@ impl Image {
             .inspect_err(|e| self.mark_failed_flush(e))
     }
 
-    fn mark_failed_flush(&self, error: &Error) {
+    pub(crate) fn mark_failed_flush(&self, error: &Error) {
         if error.kind() == ErrorKind::FlushFailed {
             // Best effort: the medium fails already. The mark may be there from before.
             let dir = self.directory();

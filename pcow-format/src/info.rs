@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an image takes on disk, what it is made of, and what its filesystem grants. Reads only.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::active::domain_of;
-use crate::chain::Owner;
 use crate::error::{IoContext, Result};
 use crate::image::Stored;
 use crate::layer_files::{data_name, map_name};
@@ -121,45 +119,7 @@ impl Stored {
             .open(name, Access::Write)
             .context(|| "cannot tell the persistence domain".to_owned())
     }
-
-    /// The pieces of the disk as the active layer and those below show them, neighbours of one owner joined.
-    /// Calls `visit` with the bytes and the layer that has them, `None` for zeros.
-    ///
-    /// # Errors
-    /// As [`Stored::chain`], and what `visit` returns.
-    pub fn for_each_extent(
-        &self,
-        top: Uuid,
-        visit: &mut dyn FnMut(Range<u64>, Option<usize>) -> Result<()>,
-    ) -> Result<()> {
-        let chain = self.chain(top)?;
-        let size = self.root().chain(top)?[0].virtual_size;
-        let mut pending: Option<(Range<u64>, Option<usize>)> = None;
-        let mut at = 0;
-        while at < size {
-            let end = size.min(at + MAP_STEP_BYTES);
-            for extent in chain.extents(at..end)? {
-                let depth = match extent.owner {
-                    Owner::Nobody => None,
-                    Owner::Layer(depth) => Some(depth),
-                };
-                match &mut pending {
-                    Some((bytes, owner)) if *owner == depth => bytes.end = extent.bytes.end,
-                    _ => {
-                        if let Some((bytes, owner)) = pending.replace((extent.bytes, depth)) {
-                            visit(bytes, owner)?;
-                        }
-                    }
-                }
-            }
-            at = end;
-        }
-        pending.map_or(Ok(()), |(bytes, owner)| visit(bytes, owner))
-    }
 }
-
-/// Bytes of the disk looked at in one step.
-const MAP_STEP_BYTES: u64 = 1 << 30;
 
 fn file_usage(dir: &dyn Directory, name: &str) -> Result<Usage> {
     let context = || format!("cannot inspect {name}");

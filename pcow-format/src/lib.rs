@@ -12,6 +12,7 @@
 pub mod active;
 pub mod chain;
 pub mod check;
+mod content;
 mod error;
 mod image;
 pub mod info;
@@ -27,6 +28,7 @@ pub mod ops;
 mod ready;
 pub mod root;
 mod units;
+mod view;
 
 pub use error::{Error, ErrorKind, Result};
 pub use image::{Environment, FLUSH_FAILED_FILE, Image, ROOT_FILE, Source, Stored};
@@ -36,3 +38,4 @@ pub use units::{
     Cluster, ClusterRange, ClusterSize, DEFAULT_CLUSTER_BYTES, MAX_CLUSTER_BYTES,
     MAX_VIRTUAL_BYTES, MIN_CLUSTER_BYTES, SIZE_STEP_BYTES, VirtualSize,
 };
+pub use view::View;

@@ -57,7 +57,10 @@ pub fn find(
 
 /// Splits `IMAGE@SNAPSHOT`. What follows the last `@` is a snapshot unless it has a `/`, so that directories may have
 /// an `@` in their names; an image that has one itself is written with a `/` at its end.
-fn split(text: &OsStr) -> Result<(&Path, Option<&str>), Failure> {
+///
+/// # Errors
+/// If one of the two is empty.
+pub fn split(text: &OsStr) -> Result<(&Path, Option<&str>), Failure> {
     let bytes = text.as_bytes();
     let Some(at) = bytes.iter().rposition(|b| *b == b'@') else {
         return Ok((Path::new(text), None));

@@ -14,9 +14,9 @@ const AFTER_HELP: &str = "\
 Sizes are bytes, or a number with K, M, G or T (1024 and its powers).
 
 Exit codes:
-  0   done; check: no fault found
-  1   refused or failed; check: not everything could be looked at
-  2   check: the image is corrupt
+  0   done; check: no fault found; compare: no difference
+  1   refused or failed; check: not everything could be looked at; compare: they differ
+  2   check: the image is corrupt; compare: refused or failed
   3   check: space is taken for nothing, no other fault
   63  check: the image needs a version or feature that this program does not know
   64  the command line is wrong";

@@ -15,6 +15,10 @@ pub enum Status {
     Ok,
     /// The operation failed, or a check could not look at everything.
     Failed,
+    /// `compare` found a difference (as `qemu-img`).
+    Different,
+    /// `compare` could not compare (as `qemu-img`).
+    Trouble,
     /// `check` found corruptions.
     Corrupt,
     /// `check` found space that is taken for nothing, and no other fault.
@@ -30,8 +34,8 @@ impl Status {
     pub fn code(self) -> u8 {
         match self {
             Status::Ok => 0,
-            Status::Failed => 1,
-            Status::Corrupt => 2,
+            Status::Failed | Status::Different => 1,
+            Status::Corrupt | Status::Trouble => 2,
             Status::Leaks => 3,
             Status::Unsupported => 63,
             Status::Usage => 64,

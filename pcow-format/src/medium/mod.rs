@@ -24,6 +24,8 @@ use std::sync::Arc;
 pub use hindrance::Hindrance;
 pub use lease::Lease;
 
+use crate::units::{bytes, len};
+
 /// Identifies one call in the source that changes durable state, for example `snapshot.root.rename`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Site(pub &'static str);
@@ -122,6 +124,10 @@ pub trait File: Debug + Send + Sync {
     fn write_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()>;
     /// Writes all of `buf` at `offset`; durable when it returns (`RWF_DSYNC`).
     fn write_durable_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// Copies `range` of `source` to the same offset here, by sharing storage or within the filesystem where that is possible.
+    fn copy_from(&self, site: Site, source: &dyn File, range: Range<u64>) -> io::Result<()> {
+        copy_by_hand(self, site, source, range)
+    }
     /// Sets the length; what is added reads zero.
     fn set_len(&self, site: Site, len: u64) -> io::Result<()>;
     /// Fails if storage for the range would take the filesystem's last blocks, which stores of a guest may need.
@@ -166,6 +172,27 @@ pub trait File: Debug + Send + Sync {
     fn end_lease(&self);
     /// The file behind a real implementation, to be passed on to another process.
     fn as_real(&self) -> Option<&std::fs::File>;
+}
+
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// Copies by reading and writing.
+pub(crate) fn copy_by_hand<F: File + ?Sized>(
+    target: &F,
+    site: Site,
+    source: &dyn File,
+    range: Range<u64>,
+) -> io::Result<()> {
+    let mut buf = vec![0; COPY_BYTES];
+    let mut at = range.start;
+    while at < range.end {
+        let piece = &mut buf[..len((range.end - at).min(bytes(COPY_BYTES)))];
+        read_exact_at(source, piece, at)?;
+        target.write_at(site, piece, at)?;
+        at += bytes(piece.len());
+    }
+    Ok(())
 }
 
 /// Reads exactly `buf.len()` bytes.

@@ -18,13 +18,19 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, Directory, Domain, File, Identity, Lease, Site, Status, dax, extents, lease};
+use super::{
+    Access, Directory, Domain, File, Identity, Lease, Site, Status, copy_by_hand, dax, extents,
+    lease,
+};
 use crate::units::{bytes, len};
 
 /// Least free space that is left on a filesystem.
 const MIN_RESERVE_BYTES: u64 = 1 << 20;
 /// Most free space that is left, however large the filesystem is.
 const MAX_RESERVE_BYTES: u64 = 64 << 20;
+
+/// Most bytes that the kernel is asked to copy in one call, so that a signal is heard in between.
+const COPY_STEP_BYTES: u64 = 64 << 20;
 
 /// What zeros are written from, many times over in one call.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -198,6 +204,29 @@ impl RealFile {
         Ok(Arc::new(Self::new(file)))
     }
 
+    /// Creates a file of the user's that must not exist, for writing.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn create_raw(path: &Path) -> io::Result<Arc<dyn File>> {
+        let mut options = fs::File::options();
+        let file = options.read(true).write(true).create_new(true).open(path)?;
+        Ok(Arc::new(Self::new(file)))
+    }
+
+    /// Opens a file of the user's for writing.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open_raw_for_writing(path: &Path) -> io::Result<Arc<dyn File>> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        Ok(Arc::new(Self::new(file)))
+    }
+
     fn words(&self) -> io::Result<&dax::SyncMapping> {
         if let Some(words) = self.words.get() {
             return Ok(words);
@@ -274,6 +303,32 @@ impl File for RealFile {
         while done < buf.len() {
             let rest = [io::IoSlice::new(&buf[done..])];
             done += self.write_some_durable(&rest, offset + bytes(done))?;
+        }
+        Ok(())
+    }
+
+    fn copy_from(&self, site: Site, source: &dyn File, range: Range<u64>) -> io::Result<()> {
+        let Some(from) = source.as_real() else {
+            return copy_by_hand(self, site, source, range);
+        };
+        let (mut here, mut there) = (range.start, range.start);
+        while there < range.end {
+            let wanted = len((range.end - there).min(COPY_STEP_BYTES));
+            // Shares the blocks where the filesystem can (copy_file_range(2)).
+            match rustix::fs::copy_file_range(
+                from,
+                Some(&mut there),
+                &self.file,
+                Some(&mut here),
+                wanted,
+            ) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    return copy_by_hand(self, site, source, there..range.end);
+                }
+                Err(e) => return Err(e.into()),
+            }
         }
         Ok(())
     }

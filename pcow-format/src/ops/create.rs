@@ -84,6 +84,28 @@ pub struct Created {
 /// `Exists`, `InvalidArgument` for sizes, what opening a base may fail with, `NoSpace` or `Io`. A failed
 /// creation leaves nothing under that name.
 pub fn create(path: &Path, new: &NewImage, base_dirs: &[PathBuf]) -> Result<Created> {
+    create_with(path, new, base_dirs, None)
+}
+
+/// As [`create`], with what `fill` writes into it: the image has its name only when all of that is durable.
+///
+/// # Errors
+/// As [`create`], and what `fill` returns.
+pub fn create_filled(
+    path: &Path,
+    new: &NewImage,
+    base_dirs: &[PathBuf],
+    fill: Fill<'_>,
+) -> Result<Created> {
+    create_with(path, new, base_dirs, Some(fill))
+}
+
+fn create_with(
+    path: &Path,
+    new: &NewImage,
+    base_dirs: &[PathBuf],
+    fill: Option<Fill<'_>>,
+) -> Result<Created> {
     let name = path
         .file_name()
         .and_then(|n| n.to_str())
@@ -95,8 +117,11 @@ pub fn create(path: &Path, new: &NewImage, base_dirs: &[PathBuf]) -> Result<Crea
     let parent =
         RealDirectory::open(parent).context(|| format!("cannot open {}", parent.display()))?;
     let env = Environment::for_image(path, base_dirs)?;
-    create_in(parent.as_ref(), name, new, &env)
+    create_with_in(parent.as_ref(), name, new, &env, fill)
 }
+
+/// Writes the first content of a new image.
+pub type Fill<'a> = &'a mut dyn FnMut(&Image) -> Result<()>;
 
 /// As [`create`], in an open directory.
 ///
@@ -107,6 +132,16 @@ pub fn create_in(
     name: &str,
     new: &NewImage,
     env: &Environment,
+) -> Result<Created> {
+    create_with_in(parent, name, new, env, None)
+}
+
+fn create_with_in(
+    parent: &dyn Directory,
+    name: &str,
+    new: &NewImage,
+    env: &Environment,
+    fill: Option<Fill<'_>>,
 ) -> Result<Created> {
     let context = || format!("cannot create the image {name}");
     if parent.names().context(context)?.iter().any(|n| n == name) {
@@ -122,6 +157,12 @@ pub fn create_in(
         .create_dir(Site("create.dir"), &part)
         .context(context)?;
     let made = make(dir.as_ref(), name, new, env).and_then(|created| {
+        if let Some(fill) = fill {
+            // The image that is let go of here is closed before it gets its name.
+            let image = Image::load(Arc::clone(&dir), env.clone())?;
+            fill(&image)?;
+            image.flush()?;
+        }
         parent
             .rename_dir(Site("create.rename"), &part, name)
             .context(context)?;

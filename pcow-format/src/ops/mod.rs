@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
-pub use create::{Base, Created, NewImage, create, create_in};
+pub use create::{Base, Created, Fill, NewImage, create, create_filled, create_in};
 pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use rollback::RolledBack;

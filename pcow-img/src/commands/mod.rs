@@ -2,15 +2,19 @@
 //! The commands, one file each: arguments, what is done, and what is printed.
 
 mod check;
+mod compare;
 mod create;
 mod delete;
+mod diff;
 mod info;
 mod list;
 mod map;
+mod read;
 mod rebase;
 mod rename;
 mod rollback;
 mod snapshot;
+mod write;
 
 use clap::Subcommand;
 
@@ -31,6 +35,10 @@ pub enum Command {
     Rebase(rebase::Rebase),
     Map(map::Map),
     Check(check::Check),
+    Compare(compare::Compare),
+    Diff(diff::Diff),
+    Read(read::Read),
+    Write(write::Write),
 }
 
 impl Command {
@@ -58,6 +66,10 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::Rebase(c) => c.run(global, &mut console),
         Command::Map(c) => c.run(global, &mut console),
         Command::Check(c) => return c.run(global, &mut console),
+        Command::Compare(c) => return c.run(global, &mut console),
+        Command::Diff(c) => c.run(global, &mut console),
+        Command::Read(c) => c.run(global, &mut console),
+        Command::Write(c) => c.run(global, &mut console),
     }?;
     Ok(Status::Ok)
 }

@@ -42,6 +42,32 @@ impl Sandbox {
         Finished { call, output }
     }
 
+    /// As [`Sandbox::run`], with bytes on its standard input.
+    pub fn run_with_input(&self, args: &[&str], input: &[u8]) -> Finished {
+        let path = self.path("input-of-a-test");
+        std::fs::write(&path, input).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pcow-img"));
+        command.stdin(std::fs::File::open(&path).unwrap());
+        command.stdout(Stdio::piped());
+        let output = output(command.args(args).current_dir(self.0.path()));
+        std::fs::remove_file(&path).unwrap();
+        let call = format!("pcow-img {}", args.join(" "));
+        Finished { call, output }
+    }
+
+    /// Runs a line of a shell in this directory, with the tool on its path.
+    pub fn shell(&self, line: &str) -> Finished {
+        let tool = Path::new(env!("CARGO_BIN_EXE_pcow-img"));
+        let others = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}:{others}", tool.parent().unwrap().display());
+        let mut command = Command::new("sh");
+        command.args(["-c", line]).env("PATH", path);
+        command.stdout(Stdio::piped());
+        let output = output(command.current_dir(self.0.path()));
+        let call = line.to_owned();
+        Finished { call, output }
+    }
+
     /// Runs the tool, which must succeed without a word on standard error; returns its output.
     #[track_caller]
     pub fn ok(&self, args: &[&str]) -> String {
@@ -240,6 +266,10 @@ impl Finished {
 
     pub fn stdout(&self) -> String {
         String::from_utf8(self.output.stdout.clone()).unwrap()
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.output.stdout
     }
 
     pub fn stderr(&self) -> String {

@@ -3,8 +3,10 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod changing;
+mod content;
 mod creating;
 mod deep;
+mod examples;
 mod harness;
 mod refusing;
 mod showing;
