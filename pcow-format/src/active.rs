@@ -28,6 +28,8 @@ use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
 /// Bytes of a map read at once when all of it is looked through: 8,192 words.
 const SCAN_BYTES: usize = 64 << 10;
+/// Clusters whose states are looked at in one step.
+const STEP_CLUSTERS: u64 = 32 << 10;
 
 /// The active layer, open for writing.
 #[derive(Debug)]
@@ -380,6 +382,54 @@ impl Active {
                 .context(|| format!("cannot give back space of layer {}", self.name))?;
         }
         Ok(())
+    }
+
+    /// Gives back the storage of all clusters that are not data, and durably so (I3). The caller sees to it that nothing is
+    /// allocated meanwhile.
+    ///
+    /// # Errors
+    /// `Io`; only space is lost then.
+    pub(crate) fn give_back_unused(&self) -> Result<()> {
+        let context = || format!("cannot give back space of layer {}", self.name);
+        let mut at = 0;
+        while let Some(data) = self.data.next_data(at).context(context)? {
+            let covering = self.cluster.covering(&data);
+            let mut start = covering.start;
+            while start < covering.end {
+                let step = ClusterRange::new(start, covering.end.min(start + STEP_CLUSTERS));
+                let states = self.states(step)?;
+                for group in states.chunk_by(|a, b| a.is_data() == b.is_data()) {
+                    let piece = ClusterRange::new(start, start + units::bytes(group.len()));
+                    start = piece.end;
+                    if !group[0].is_data() {
+                        self.ready().set(piece, false);
+                        let range = self.cluster.byte_range(piece);
+                        self.data
+                            .punch(Site("active.give_back_unused.punch"), range)
+                            .context(context)?;
+                    }
+                }
+            }
+            at = data.end;
+        }
+        Ok(())
+    }
+
+    /// The map file.
+    pub(crate) fn map_file(&self) -> &dyn File {
+        self.map.as_ref()
+    }
+
+    /// Gives all words storage, so that no later change of one can meet a full filesystem.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`.
+    pub fn reserve_map(&self) -> Result<()> {
+        let clusters = self.cluster.clusters_in(self.size.bytes());
+        let end = map::word_offset(clusters.div_ceil(map::CLUSTERS_PER_WORD));
+        self.map
+            .reserve(Site("active.map.reserve"), WORDS_OFFSET..end)
+            .context(|| format!("cannot reserve space for the map of layer {}", self.name))
     }
 
     /// Writes over bytes of clusters that are data; durable after a flush.

@@ -69,7 +69,9 @@ impl Image {
         let mut discarded = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            let step = at..range.end.min((at / STEP_BYTES + 1) * STEP_BYTES.max(cluster.bytes()));
+            let step = at..range
+                .end
+                .min((at / STEP_BYTES + 1) * STEP_BYTES.max(cluster.bytes()));
             for (piece, source) in self.groups(&step)? {
                 let own = cluster.byte_range(piece);
                 let part = own.start.max(range.start)..own.end.min(range.end);
@@ -89,7 +91,7 @@ impl Image {
     }
 
     /// Takes the bytes that are data of the active layer out of it: what is below them is hidden, if there is anything.
-    pub(crate) fn discard(&self, runs: &[ClusterRange]) -> Result<()> {
+    fn discard(&self, runs: &[ClusterRange]) -> Result<()> {
         let mut states: Vec<(ClusterRange, State)> = Vec::new();
         let mut count = 0;
         for run in runs {

@@ -12,6 +12,7 @@
 pub mod active;
 pub mod chain;
 pub mod check;
+mod compact;
 mod content;
 mod error;
 mod image;
@@ -30,6 +31,7 @@ pub mod root;
 mod units;
 mod view;
 
+pub use compact::Compacted;
 pub use error::{Error, ErrorKind, Result};
 pub use image::{Environment, FLUSH_FAILED_FILE, Image, ROOT_FILE, Source, Stored};
 pub use layer_files::{BaseDirs, data_name, map_name};

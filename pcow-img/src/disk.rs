@@ -47,7 +47,10 @@ impl Format {
 #[derive(Debug)]
 pub enum Disk {
     /// An image, kept from being written to if its present state is looked at.
-    Image(View, #[expect(dead_code, reason = "held")] Option<ImageLock>),
+    Image(
+        View,
+        #[expect(dead_code, reason = "held")] Option<ImageLock>,
+    ),
     /// A file whose bytes are those of the disk.
     Raw(Arc<dyn File>, u64),
 }
@@ -91,8 +94,8 @@ impl Disk {
         let (path, snapshot) = base::split(text)?;
         let context = || format!("{purpose} {}", text.display());
         let Some(name) = snapshot else {
-            let (stored, lock) =
-                open::for_reading_alone(path, base_dirs, purpose).map_err(|f| advise_raw(f, path))?;
+            let (stored, lock) = open::for_reading_alone(path, base_dirs, purpose)
+                .map_err(|f| advise_raw(f, path))?;
             let view = stored.view(stored.root().active).doing(context)?;
             return Ok(Self::Image(view, lock));
         };
@@ -104,7 +107,10 @@ impl Disk {
 
     fn open_raw(path: &Path, purpose: &str) -> Result<Self, Failure> {
         if path.is_dir() {
-            let what = format!("{purpose} {}: it is a directory, not a file", path.display());
+            let what = format!(
+                "{purpose} {}: it is a directory, not a file",
+                path.display()
+            );
             return Err(Failure::refused(what).advising("a pcow image has the format pcow"));
         }
         let file = RealFile::open_raw(path)

@@ -48,7 +48,10 @@ pub fn convert(
         .output();
     match child {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let what = format!("the format {} needs qemu-img, which is not there", other(from_format, to_format).name());
+            let what = format!(
+                "the format {} needs qemu-img, which is not there",
+                other(from_format, to_format).name()
+            );
             Err(refused(&what).advising("install it (qemu-utils), or convert to raw elsewhere"))
         }
         Err(e) => Err(refused(&format!("cannot start qemu-img: {e}"))),

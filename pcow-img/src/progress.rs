@@ -31,6 +31,11 @@ impl Progress {
         }
     }
 
+    /// It is `total` bytes.
+    pub fn expect(&mut self, total: u64) {
+        self.total = total;
+    }
+
     /// All before `done` is done.
     pub fn reach(&mut self, done: u64) {
         self.done = done;

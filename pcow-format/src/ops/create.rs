@@ -114,9 +114,12 @@ fn create_with(
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
+    let beside = parent.to_owned();
     let parent =
         RealDirectory::open(parent).context(|| format!("cannot open {}", parent.display()))?;
-    let env = Environment::for_image(path, base_dirs)?;
+    // The image is not there yet, so that what lies beside it is named by its parent.
+    let dirs: Vec<_> = base_dirs.iter().cloned().chain([beside]).collect();
+    let env = Environment::for_image(path, &dirs)?;
     create_with_in(parent.as_ref(), name, new, &env, fill)
 }
 

@@ -6,6 +6,7 @@ mod create;
 mod delete;
 mod rebase;
 mod rename;
+mod resize;
 mod rollback;
 mod snapshot;
 

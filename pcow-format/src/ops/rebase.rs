@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::chain::Owner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Source, Stored, write_root};
 use crate::lock::ImageLock;
@@ -50,8 +51,22 @@ impl Image {
         let bytes = units::len(cluster.bytes());
         let (mut old, mut new) = (vec![0; bytes], vec![0; bytes]);
         let mut written = 0;
-        for number in 0..cluster.clusters_in(self.virtual_size().bytes()) {
+        let size = self.virtual_size().bytes();
+        let (mut here, mut there) = (self.below.walk(size), after.walk(size));
+        let mut number = 0;
+        while number < cluster.clusters_in(size) {
             let at = Cluster(number);
+            number += 1;
+            // Where neither the old nor the new base has anything, nothing can change.
+            let offset = cluster.offset_of(at);
+            let (old_owner, new_owner) = (here.extent(offset)?, there.extent(offset)?);
+            if old_owner.owner == Owner::Nobody && new_owner.owner == Owner::Nobody {
+                let end = old_owner.bytes.end.min(new_owner.bytes.end);
+                if end >= offset + cluster.bytes() {
+                    number = cluster.cluster_at(end).0;
+                    continue;
+                }
+            }
             let range = cluster.byte_range(at.only());
             let source = self.source(at)?;
             let settled = matches!(source, Source::Active | Source::Zero);

@@ -5,9 +5,11 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use pcow_format::ops::{self, Base, Created, NewImage};
-use pcow_format::{ClusterSize, DEFAULT_CLUSTER_BYTES, ErrorKind, VirtualSize};
+use pcow_format::{
+    Cluster, ClusterRange, ClusterSize, DEFAULT_CLUSTER_BYTES, ErrorKind, Image, VirtualSize,
+};
 use serde::Serialize;
 
 use crate::base::{self, BaseOptions};
@@ -15,6 +17,7 @@ use crate::cli::Global;
 use crate::console::{Console, warn};
 use crate::failure::{Doing, Failure, one_line};
 use crate::open;
+use crate::progress::Progress;
 use crate::size::{self, Bytes};
 
 const USAGE: &str = "pcow-img create [OPTIONS] IMAGE [SIZE]
@@ -49,6 +52,21 @@ pub struct Create {
     /// Bytes that the first write to a place allocates at least [default: 64K, on DAX 2M]
     #[arg(long, value_name = "SIZE", value_parser = size::allocation_unit)]
     allocation_unit: Option<u64>,
+
+    /// What gets storage at once: nothing, the map, or all of the disk, with the base's bytes copied
+    #[arg(long, value_enum, value_name = "MODE", default_value = "off")]
+    preallocation: Preallocation,
+}
+
+/// What a new image gets storage for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Preallocation {
+    /// Nothing: storage comes with writing
+    Off,
+    /// The states of all clusters
+    Metadata,
+    /// All of the disk
+    Full,
 }
 
 /// The arguments, whatever their form.
@@ -92,7 +110,7 @@ impl Create {
             allocation_unit: self.allocation_unit,
             base,
         };
-        let created = create(wanted.image, &new, global)?;
+        let created = create(wanted.image, &new, self.preallocation, global)?;
         console.confirm(&describe(wanted.image, created, global)?)
     }
 
@@ -182,8 +200,26 @@ fn scaled(text: &OsStr, bits: u32) -> Option<u64> {
     plain.then(|| number().saturating_mul(1 << bits))
 }
 
-fn create(path: &Path, new: &NewImage, global: &Global) -> Result<Created, Failure> {
-    let created = ops::create(path, new, &global.base_dirs);
+fn create(
+    path: &Path,
+    new: &NewImage,
+    preallocation: Preallocation,
+    global: &Global,
+) -> Result<Created, Failure> {
+    let dirs = &global.base_dirs;
+    let created = match preallocation {
+        Preallocation::Off => ops::create(path, new, dirs),
+        Preallocation::Metadata => {
+            ops::create_filled(path, new, dirs, &mut |image| image.active().reserve_map())
+        }
+        Preallocation::Full => {
+            let mut progress = Progress::new(0, global.quiet);
+            ops::create_filled(path, new, dirs, &mut |image| {
+                progress.expect(image.virtual_size().bytes());
+                allocate_all(image, &mut progress)
+            })
+        }
+    };
     let locked = matches!(&created, Err(e) if e.kind() == ErrorKind::Locked);
     let created = created.doing(|| format!("cannot create {}", path.display()));
     match &new.base {
@@ -196,6 +232,25 @@ fn create(path: &Path, new: &NewImage, global: &Global) -> Result<Created, Failu
         _ => created,
     }
 }
+
+/// Makes all clusters data, a number of them at a time.
+fn allocate_all(image: &Image, progress: &mut Progress) -> pcow_format::Result<()> {
+    let cluster = image.cluster_size();
+    let all = cluster.clusters_in(image.virtual_size().bytes());
+    let step = (ALLOCATION_BYTES / cluster.bytes()).max(1);
+    let mut buf = Vec::new();
+    let mut start = 0;
+    while start < all {
+        let run = ClusterRange::new(start, all.min(start + step));
+        image.make_writable(run, &mut buf)?;
+        start = run.end;
+        progress.reach(cluster.offset_of(Cluster(start)));
+    }
+    Ok(())
+}
+
+/// Bytes that get storage in one step.
+const ALLOCATION_BYTES: u64 = 64 << 20;
 
 fn describe(path: &Path, created: Created, global: &Global) -> Result<NewImageInfo, Failure> {
     let stored = open::for_reading(path, &global.base_dirs, "cannot read back")?;

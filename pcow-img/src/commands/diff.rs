@@ -28,11 +28,23 @@ pub struct Diff {
     second: OsString,
 
     /// Format of the first disk; it is never guessed
-    #[arg(short = 'f', long, value_enum, value_name = "FORMAT", default_value = "pcow")]
+    #[arg(
+        short = 'f',
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow"
+    )]
     format: Format,
 
     /// Format of the second disk
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", default_value = "pcow")]
+    #[arg(
+        short = 'F',
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow"
+    )]
     second_format: Format,
 }
 

@@ -2,16 +2,20 @@
 //! The commands, one file each: arguments, what is done, and what is printed.
 
 mod check;
+mod compact;
 mod compare;
+mod convert;
 mod create;
 mod delete;
 mod diff;
 mod info;
 mod list;
 mod map;
+mod measure;
 mod read;
 mod rebase;
 mod rename;
+mod resize;
 mod rollback;
 mod snapshot;
 mod write;
@@ -39,6 +43,10 @@ pub enum Command {
     Diff(diff::Diff),
     Read(read::Read),
     Write(write::Write),
+    Convert(convert::Convert),
+    Measure(measure::Measure),
+    Resize(resize::Resize),
+    Compact(compact::Compact),
 }
 
 impl Command {
@@ -70,6 +78,10 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::Diff(c) => c.run(global, &mut console),
         Command::Read(c) => c.run(global, &mut console),
         Command::Write(c) => c.run(global, &mut console),
+        Command::Resize(c) => c.run(global, &mut console),
+        Command::Measure(c) => c.run(global, &mut console),
+        Command::Convert(c) => c.run(global, &mut console),
+        Command::Compact(c) => c.run(global, &mut console),
     }?;
     Ok(Status::Ok)
 }

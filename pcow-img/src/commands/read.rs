@@ -30,7 +30,13 @@ pub struct Read {
     length: u64,
 
     /// Format of the disk; it is never guessed
-    #[arg(short = 'f', long, value_enum, value_name = "FORMAT", default_value = "pcow")]
+    #[arg(
+        short = 'f',
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow"
+    )]
     format: Format,
 }
 

@@ -56,7 +56,12 @@ impl Write {
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
         let context = || format!("{PURPOSE} {}", self.image.display());
         let source = match &self.file {
-            Some(path) => Some(Disk::open(path.as_os_str(), Format::Raw, &[], "cannot read")?),
+            Some(path) => Some(Disk::open(
+                path.as_os_str(),
+                Format::Raw,
+                &[],
+                "cannot read",
+            )?),
             None => None,
         };
         let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;

@@ -26,12 +26,18 @@ fn what_is_written_is_read_back_and_its_neighbours_stay() {
     s.ok(&["create", "vm", "--base", "base"]);
     std::fs::write(s.path("patch"), b"hello").unwrap();
     let done = s.json(&["write", "vm", "65534", "patch"]);
-    assert_eq!(done, json!({"filename": "vm", "offset": 65534, "length": 5}));
+    assert_eq!(
+        done,
+        json!({"filename": "vm", "offset": 65534, "length": 5})
+    );
     let read = s.run(&["read", "vm", "65532", "9"]);
     assert_eq!(read.bytes(), b"\x07\x07hello\x07\x07");
     assert_eq!(s.run(&["read", "base", "65534", "5"]).bytes(), [7; 5]);
     let hex = s.json(&["read", "vm", "65534", "2"]);
-    assert_eq!(hex, json!({"filename": "vm", "offset": 65534, "length": 2, "data": "6865"}));
+    assert_eq!(
+        hex,
+        json!({"filename": "vm", "offset": 65534, "length": 2, "data": "6865"})
+    );
     assert_eq!(s.run(&["read", "vm", "3M", "1M"]).bytes(), vec![0; 1 << 20]);
     s.ok(&["check", "vm"]);
 }
@@ -39,11 +45,21 @@ fn what_is_written_is_read_back_and_its_neighbours_stay() {
 #[test]
 fn holes_of_a_file_are_written_as_zeros_that_hide_the_base() {
     let s = Sandbox::new();
-    raw(&s, "disk", 4 * MIB, &[(0, &[1; 300_000]), (2 * MIB, &[2; 4096])]);
+    raw(
+        &s,
+        "disk",
+        4 * MIB,
+        &[(0, &[1; 300_000]), (2 * MIB, &[2; 4096])],
+    );
     s.ok(&["create", "vm", "--base", "disk", "--base-format", "raw"]);
     raw(&s, "patch", 2 * MIB, &[(MIB, &[9; 10])]);
     s.ok(&["write", "vm", "0", "patch"]);
-    raw(&s, "expected", 4 * MIB, &[(MIB, &[9; 10]), (2 * MIB, &[2; 4096])]);
+    raw(
+        &s,
+        "expected",
+        4 * MIB,
+        &[(MIB, &[9; 10]), (2 * MIB, &[2; 4096])],
+    );
     s.ok(&["compare", "-F", "raw", "vm", "expected"]);
     // Over data of the image itself, too; what was there gives its space back.
     s.ok(&["write", "vm", "0", "patch"]);
@@ -58,9 +74,17 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     let s = Sandbox::new();
     s.ok(&["create", "vm", "2M"]);
     raw(&s, "disk", 2 * MIB, &[]);
-    s.refused(&["write", "vm", "1", "disk"], 1, &["2097152 bytes at offset 1"]);
+    s.refused(
+        &["write", "vm", "1", "disk"],
+        1,
+        &["2097152 bytes at offset 1"],
+    );
     s.refused(&["write", "vm", "3M", "disk"], 1, &["at offset 3145728"]);
-    s.refused(&["read", "vm", "2M", "1"], 1, &["the disk has 2097152 bytes"]);
+    s.refused(
+        &["read", "vm", "2M", "1"],
+        1,
+        &["the disk has 2097152 bytes"],
+    );
     s.refused(&["read", "vm", "0", "x"], 64, &["is not a size"]);
     let finished = s.run_with_input(&["write", "vm", "2097150"], b"abc");
     finished.expect(finished.code() == 1, "exit code 1");
@@ -90,7 +114,11 @@ fn compare_ends_with_the_codes_of_qemu_img() {
     let strict = s.run(&["compare", "--strict", "-F", "raw", "a@first", "longer"]);
     assert_eq!(strict.code(), 1);
     s.refused(&["compare", "a", "nowhere"], 2, &["nowhere"]);
-    s.refused(&["compare", "a", "longer"], 2, &["formats are never guessed"]);
+    s.refused(
+        &["compare", "a", "longer"],
+        2,
+        &["formats are never guessed"],
+    );
     s.refused(&["compare", "a"], 64, &[]);
 }
 
@@ -136,7 +164,11 @@ fn the_largest_disk_is_looked_through_at_once() {
     s.ok(&["snapshot", "vm", "first"]);
     s.store("vm", 8 << 30, 1);
     let pieces = s.json(&["map", "vm"]);
-    let data = pieces.as_array().unwrap().iter().filter(|p| p["data"] == true);
+    let data = pieces
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|p| p["data"] == true);
     assert_eq!(data.count(), 3);
     let expected = json!([{"start": 8_u64 << 30, "length": 4096}]);
     assert_eq!(s.json(&["diff", "vm@first", "vm"]), expected);

@@ -76,7 +76,9 @@ fn every_command_has_an_example() {
         let name = line.split_whitespace().next().unwrap();
         let used = format!("$ pcow-img {name}");
         let blocks = blocks();
-        let found = blocks.iter().any(|(_, lines)| lines.iter().any(|l| l.contains(&used[2..])));
+        let found = blocks
+            .iter()
+            .any(|(_, lines)| lines.iter().any(|l| l.contains(&used[2..])));
         assert!(found, "no example of {name}");
     }
 }

@@ -4,9 +4,11 @@
 
 mod changing;
 mod content;
+mod converting;
 mod creating;
 mod deep;
 mod examples;
 mod harness;
 mod refusing;
 mod showing;
+mod sizes;
