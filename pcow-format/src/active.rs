@@ -645,6 +645,15 @@ impl Active {
             .context(|| format!("cannot sync the map of layer {}", self.name))
     }
 
+    /// Whether the live words of `map` are of the boot `boot`, and of this very file.
+    pub(crate) fn is_tagged(map: &dyn File, boot: Uuid) -> Result<bool> {
+        let context = || "cannot read a boot tag".to_owned();
+        let present = Tag::new(boot, map.status().context(context)?.identity);
+        let mut raw = [0; TAG_BYTES];
+        read_exact_at(map, &mut raw, TAG_OFFSET).context(context)?;
+        Ok(Tag::decode(&raw) == Some(present))
+    }
+
     /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or they
     /// would look like this boot's if this process died in between.
     fn settle_tag(&self, boot: Uuid) -> Result<Recovery> {

@@ -80,7 +80,7 @@ impl Image {
         })
     }
 
-    fn allocated(&self) -> Result<u64> {
+    pub(crate) fn allocated(&self) -> Result<u64> {
         let status = self.active.data_file().status();
         Ok(status
             .context(|| "cannot inspect the active layer's data".to_owned())?

@@ -106,6 +106,11 @@ impl Stored {
         self.dir.as_ref()
     }
 
+    /// As [`Stored::directory`], to be kept.
+    pub(crate) fn share_directory(&self) -> Arc<dyn Directory> {
+        Arc::clone(&self.dir)
+    }
+
     /// What the image knows of the world around it.
     pub fn environment(&self) -> &Environment {
         &self.env

@@ -27,6 +27,7 @@ pub mod mutant;
 mod mutant;
 pub mod ops;
 mod ready;
+pub mod repair;
 pub mod root;
 mod units;
 mod view;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use pcow_format::check::{self, Report};
+use pcow_format::repair::{self, Unflushed};
 use pcow_format::{ErrorKind, Stored};
 use serde::Serialize;
 
@@ -13,13 +14,34 @@ use crate::cli::Global;
 use crate::console::Console;
 use crate::failure::{Doing, Failure, Status, one_line};
 use crate::open;
+use crate::progress::Progress;
 use crate::size::Bytes;
 
-/// Look for faults in an image that is not in use; changes nothing
+/// Look for faults in an image that is not in use; changes nothing unless asked to
+///
+/// The exit code is the verdict, after the repair if there is one.
 #[derive(Debug, Args)]
 pub struct Check {
     /// The image
     image: PathBuf,
+
+    /// Mend what can be without making anything worse: space that is taken for nothing, files that are not part of the
+    /// image, a mark of a failed flush, states past the end of the disk
+    #[arg(long)]
+    repair: bool,
+
+    /// Take what was not flushed before the machine's last end for data: it was shut down in order. Before the image is
+    /// opened for writing again
+    #[arg(long)]
+    trust_live: bool,
+
+    /// Give up what was not flushed in this boot: the filesystem was shut down by force
+    #[arg(long, conflicts_with = "trust_live")]
+    discard_live: bool,
+
+    /// Read all data, too, to find what the medium cannot read
+    #[arg(long)]
+    data: bool,
 }
 
 /// What `check` found.
@@ -44,6 +66,8 @@ struct Findings {
     unflushed_clusters: u64,
     /// All findings as text, the most serious ones first.
     findings: Vec<Finding>,
+    /// What was mended, as text.
+    repaired: Vec<String>,
 }
 
 /// One finding.
@@ -66,10 +90,53 @@ const PURPOSE: &str = "cannot check";
 impl Check {
     /// Checks the image; the exit code is the verdict.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<Status, Failure> {
-        let report = self.look(&global.base_dirs)?;
-        let findings = Findings::new(&self.image, report);
+        let mut repaired = Vec::new();
+        repaired.extend(self.settle(&global.base_dirs)?);
+        if self.repair {
+            repaired.extend(self.mend(&global.base_dirs)?);
+        }
+        let mut report = self.look(&global.base_dirs)?;
+        if self.data {
+            report.corruptions.extend(self.read_all(global)?);
+        }
+        let findings = Findings::new(&self.image, report, repaired);
         console.confirm(&findings)?;
         Ok(findings.status())
+    }
+
+    /// Decides about what was not flushed, if that was asked for.
+    fn settle(&self, base_dirs: &[PathBuf]) -> Result<Option<String>, Failure> {
+        let (what, text) = match (self.trust_live, self.discard_live) {
+            (true, _) => (Unflushed::Trust, "taken for data"),
+            (_, true) => (Unflushed::Discard, "given up"),
+            _ => return Ok(None),
+        };
+        let stored = open::for_reading(&self.image, base_dirs, PURPOSE)?;
+        let count = repair::settle_unflushed(&stored, what).doing(|| self.context())?;
+        Ok(Some(format!(
+            "{count} clusters that were not flushed are {text}"
+        )))
+    }
+
+    /// An image that cannot be opened has nothing that can be mended.
+    fn mend(&self, base_dirs: &[PathBuf]) -> Result<Vec<String>, Failure> {
+        match Stored::open(&self.image, base_dirs) {
+            Ok(stored) => repair::repair(&stored).doing(|| self.context()),
+            Err(_) => Ok(Vec::new()),
+        }
+    }
+
+    fn read_all(&self, global: &Global) -> Result<Vec<String>, Failure> {
+        let Ok(stored) = Stored::open(&self.image, &global.base_dirs) else {
+            return Ok(Vec::new());
+        };
+        let used = stored.total_usage().doing(|| self.context())?.total();
+        let mut progress = Progress::new(used, global.quiet);
+        repair::read_all(&stored, &mut |done| progress.reach(done)).doing(|| self.context())
+    }
+
+    fn context(&self) -> String {
+        format!("{PURPOSE} {}", self.image.display())
     }
 
     /// A root that cannot be trusted is a finding; one that is not understood is not.
@@ -96,7 +163,7 @@ impl Check {
 }
 
 impl Findings {
-    fn new(path: &Path, report: Report) -> Self {
+    fn new(path: &Path, report: Report, repaired: Vec<String>) -> Self {
         let counts = (
             report.unchecked.len(),
             report.corruptions.len(),
@@ -120,6 +187,7 @@ impl Findings {
             allocated_clusters: report.data_clusters,
             unflushed_clusters: report.live_clusters,
             findings: findings.into_iter().flat_map(with_kind).collect(),
+            repaired,
         }
     }
 
@@ -144,6 +212,9 @@ impl Findings {
 
 impl fmt::Display for Findings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for text in &self.repaired {
+            writeln!(f, "repaired: {text}")?;
+        }
         for finding in &self.findings {
             let kind = match finding.kind {
                 FindingKind::Corruption => "corrupt",

@@ -205,12 +205,15 @@ impl Convert {
     }
 }
 
+/// Takes a range of a file over to the target, at the same offset.
+type Take<'a> = &'a mut dyn FnMut(&dyn File, std::ops::Range<u64>) -> pcow_format::Result<()>;
+
 /// Copies what is data of `source`; everything else is a hole of the target already.
 fn copy(
     source: &Disk,
     progress: &mut Progress,
     copied: &mut u64,
-    take: &mut dyn FnMut(&dyn File, std::ops::Range<u64>) -> pcow_format::Result<()>,
+    take: Take<'_>,
 ) -> pcow_format::Result<()> {
     let mut pieces = source.pieces();
     let mut at = 0;

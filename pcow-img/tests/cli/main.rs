@@ -10,5 +10,6 @@ mod deep;
 mod examples;
 mod harness;
 mod refusing;
+mod repairing;
 mod showing;
 mod sizes;

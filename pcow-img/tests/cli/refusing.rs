@@ -234,10 +234,7 @@ fn a_command_line_that_is_wrong() {
     refuse(&["destroy", "vm"], "unrecognized subcommand 'destroy'");
     refuse(&["info"], "see 'pcow-img info --help'");
     refuse(&["info", "vm", "other"], "unexpected argument 'other'");
-    refuse(
-        &["check", "--repair", "vm"],
-        "unexpected argument '--repair'",
-    );
+    refuse(&["check", "--mend", "vm"], "unexpected argument '--mend'");
     refuse(&["info", "vm", "--output", "xml"], "human, json");
     refuse(&["create"], "see 'pcow-img create --help'");
     refuse(&["create", "1", "2", "3", "4", "5"], "unexpected value '5'");

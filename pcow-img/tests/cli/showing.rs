@@ -275,6 +275,7 @@ fn check_of_a_sound_image_counts_what_is_not_flushed() {
     let expected = json!({
         "filename": "vm", "format": "pcow", "check-errors": 0, "corruptions": 0, "leaks": 0, "leaked-size": 0,
         "allocated-clusters": 2, "unflushed-clusters": 1, "findings": [],
+        "repaired": [],
     });
     assert_eq!(found, expected);
     let text = s.ok(&["check", "vm"]);
