@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Random sequences of everything that changes an image, against a plain oracle: the bytes of the disk and of each snapshot.
+//! After each operation the image is checked, and what it shows is compared.
+//!
+//! `PCOW_MODEL_OPERATIONS` says how many operations (the long form has 100,000), `PCOW_MODEL_SEED` where to begin. A failure
+//! names its seed and the operations that led to it.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pcow_format::check::check;
+use pcow_format::medium::real::RealFile;
+use pcow_format::ops::{Base, NewImage, create, create_filled};
+use pcow_format::{ClusterRange, ClusterSize, Image, Stored, View, VirtualSize};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+/// Snapshots above this number are deleted again.
+const MAX_SNAPSHOTS: usize = 6;
+/// Operations of one image; then there is another one.
+const SEQUENCE: u64 = 250;
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    fn chance(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
+    }
+}
+
+/// A disk: its size, and its pages that are not all zero.
+#[derive(Clone)]
+struct Disk {
+    size: u64,
+    pages: BTreeMap<u64, Arc<Vec<u8>>>,
+}
+
+impl Disk {
+    fn empty(size: u64) -> Self {
+        Self {
+            size,
+            pages: BTreeMap::new(),
+        }
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        for (at, byte) in (offset..).zip(bytes) {
+            let zero = || Arc::new(vec![0; usize::try_from(PAGE).unwrap()]);
+            let page = self.pages.entry(at / PAGE).or_insert_with(zero);
+            Arc::make_mut(page)[usize::try_from(at % PAGE).unwrap()] = *byte;
+        }
+    }
+
+    fn zero(&mut self, start: u64, end: u64) {
+        self.write(start, &vec![0; usize::try_from(end - start).unwrap()]);
+    }
+
+    fn resize(&mut self, size: u64) {
+        self.size = size;
+        self.pages.retain(|page, _| page * PAGE < size);
+    }
+
+    fn page(&self, number: u64) -> Option<&[u8]> {
+        self.pages.get(&number).map(|p| p.as_slice())
+    }
+}
+
+struct Run {
+    dir: tempfile::TempDir,
+    random: Random,
+    image: Option<Image>,
+    path: PathBuf,
+    disk: Disk,
+    snapshots: BTreeMap<u64, Disk>,
+    /// Images and raw files that can be bases, and what they show.
+    bases: Vec<(Base, Disk)>,
+    log: Vec<String>,
+    clones: u64,
+}
+
+fn new_image(size: Option<u64>, cluster: u64, base: Option<Base>) -> NewImage {
+    NewImage {
+        size: size.map(|s| VirtualSize::new(s).unwrap()),
+        cluster: ClusterSize::new(cluster).unwrap(),
+        allocation_unit: None,
+        base,
+    }
+}
+
+fn size(random: &mut Random) -> u64 {
+    (1 + random.below(3)) * 2 * MIB
+}
+
+fn cluster(random: &mut Random) -> u64 {
+    [4096, 16_384, 65_536, 1 << 20][usize::try_from(random.below(4)).unwrap()]
+}
+
+impl Run {
+    fn new(seed: u64) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+        let mut run = Self {
+            dir: dir.unwrap(),
+            random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
+            image: None,
+            path: PathBuf::new(),
+            disk: Disk::empty(0),
+            snapshots: BTreeMap::new(),
+            bases: Vec::new(),
+            log: vec![format!("seed {seed}")],
+            clones: 0,
+        };
+        run.make_bases();
+        let (base, disk) = run.bases[0].clone();
+        let wanted = size(&mut run.random);
+        run.path = run.dir.path().join("vm");
+        let cluster = cluster(&mut run.random);
+        run.note(format!("an image of {wanted} bytes, clusters of {cluster}"));
+        create(
+            &run.path,
+            &new_image(Some(wanted), cluster, Some(base)),
+            &[],
+        )
+        .unwrap();
+        run.disk = disk;
+        run.disk.resize(wanted);
+        run
+    }
+
+    fn note(&mut self, what: String) {
+        self.log.push(what);
+    }
+
+    /// A raw file of an odd length, and an image with a cluster size of its own.
+    fn make_bases(&mut self) {
+        let mut disk = Disk::empty(4 * MIB);
+        let path = self.dir.path().join("raw");
+        let file = File::create(&path).unwrap();
+        file.set_len(3 * MIB + 700).unwrap();
+        for n in 0..6 {
+            let (at, bytes) = (n * 600_000, vec![0x40; 9000]);
+            let bytes = &bytes[..9000.min(usize::try_from(3 * MIB + 700 - at).unwrap())];
+            file.write_all_at(bytes, at).unwrap();
+            disk.write(at, bytes);
+        }
+        self.bases.push((Base::Raw { path }, disk));
+        let path = self.dir.path().join("golden");
+        create(&path, &new_image(Some(6 * MIB), 16_384, None), &[]).unwrap();
+        let mut image = Image::open(&path, &[]).unwrap();
+        let mut disk = Disk::empty(6 * MIB);
+        for n in 0..9 {
+            image.write(n * 700_000, &[0x50; 5000]).unwrap();
+            disk.write(n * 700_000, &[0x50; 5000]);
+        }
+        image.snapshot(Some("s")).unwrap();
+        let base = Base::Image {
+            path,
+            snapshot: Some("s".into()),
+            reference: false,
+        };
+        self.bases.push((base, disk));
+    }
+
+    /// The image, opened if it is not.
+    fn image(&mut self) -> &mut Image {
+        let path = &self.path;
+        self.image
+            .get_or_insert_with(|| Image::open(path, &[]).unwrap())
+    }
+
+    fn range(&mut self) -> (u64, u64) {
+        let start = self.random.below(self.disk.size);
+        let longest = [10, 5000, 300_000][usize::try_from(self.random.below(3)).unwrap()];
+        let length = 1 + self.random.below(longest);
+        (start, (start + length).min(self.disk.size))
+    }
+
+    fn step(&mut self) {
+        match self.random.below(40) {
+            0..=7 => self.write(),
+            8..=11 => self.write_zeros(),
+            12..=17 => self.store(),
+            18..=19 => self.image().flush().unwrap(),
+            20..=21 => self.image = None,
+            22..=25 => self.snapshot(),
+            26..=28 => self.delete(),
+            29..=30 => self.rollback(),
+            31..=33 => self.resize(),
+            34 => self.compact(),
+            35 => self.give_back_clean(),
+            36..=37 => self.rebase(),
+            38 => self.clone_image(),
+            _ => self.convert(),
+        }
+    }
+
+    fn write(&mut self) {
+        let (start, end) = self.range();
+        let byte = self.random.next().to_le_bytes()[0] & 3;
+        self.note(format!("write {byte} to {start}..{end}"));
+        let bytes = vec![byte; usize::try_from(end - start).unwrap()];
+        self.image().write(start, &bytes).unwrap();
+        self.disk.write(start, &bytes);
+    }
+
+    fn write_zeros(&mut self) {
+        let (start, end) = self.range();
+        self.note(format!("write zeros to {start}..{end}"));
+        self.image().write_zeros(start..end).unwrap();
+        self.disk.zero(start, end);
+    }
+
+    /// As a guest does.
+    fn store(&mut self) {
+        let (start, end) = self.range();
+        self.note(format!("store to {start}..{end}"));
+        let image = self.image();
+        let run = image.cluster_size().covering(&(start..end));
+        image.make_writable(run, &mut Vec::new()).unwrap();
+        let bytes = vec![0xa5; usize::try_from(end - start).unwrap()];
+        let file = image.active().data_file().as_real().unwrap();
+        file.write_all_at(&bytes, start).unwrap();
+        self.disk.write(start, &bytes);
+    }
+
+    fn snapshot(&mut self) {
+        let number = self.image().snapshot(None).unwrap();
+        self.note(format!("snapshot {number}"));
+        self.snapshots.insert(number, self.disk.clone());
+        if self.snapshots.len() > MAX_SNAPSHOTS {
+            self.delete();
+        }
+    }
+
+    fn any_snapshot(&mut self) -> Option<u64> {
+        let count = u64::try_from(self.snapshots.len()).unwrap();
+        let index = usize::try_from(self.random.below(count.max(1))).unwrap();
+        self.snapshots.keys().nth(index).copied()
+    }
+
+    fn delete(&mut self) {
+        let Some(number) = self.any_snapshot() else {
+            return;
+        };
+        self.note(format!("delete snapshot {number}"));
+        self.image().delete_snapshot(&number.to_string()).unwrap();
+        self.snapshots.remove(&number);
+    }
+
+    fn rollback(&mut self) {
+        let Some(number) = self.any_snapshot() else {
+            return;
+        };
+        let discard = self.random.chance(2);
+        self.note(format!("rollback to {number}, discard: {discard}"));
+        let rolled = self.image().rollback(&number.to_string(), discard).unwrap();
+        if let Some((saved, _)) = rolled.saved_as {
+            self.snapshots.insert(saved, self.disk.clone());
+        }
+        self.disk = self.snapshots[&number].clone();
+    }
+
+    fn resize(&mut self) {
+        let size = size(&mut self.random);
+        self.note(format!("resize to {size}"));
+        let new = VirtualSize::new(size).unwrap();
+        self.image().resize(new).unwrap();
+        self.disk.resize(size);
+    }
+
+    fn compact(&mut self) {
+        self.note("compact".to_owned());
+        self.image().compact(&mut |_| ()).unwrap();
+    }
+
+    fn give_back_clean(&mut self) {
+        self.note("give back clean clusters".to_owned());
+        let image = self.image();
+        let all = image
+            .cluster_size()
+            .clusters_in(image.virtual_size().bytes());
+        image.give_back_clean(ClusterRange::new(0, all)).unwrap();
+    }
+
+    fn rebase(&mut self) {
+        let choice = usize::try_from(self.random.below(3)).unwrap();
+        self.note(format!("rebase on base {choice}"));
+        let base = self.bases.get(choice).map(|(base, _)| base.clone());
+        self.image().rebase(base.as_ref(), "vm").unwrap();
+    }
+
+    /// Goes on with a clone of a snapshot, or of what the disk shows.
+    fn clone_image(&mut self) {
+        let number = self.any_snapshot().filter(|_| self.random.chance(2));
+        self.image = None;
+        self.clones += 1;
+        let path = self.dir.path().join(format!("clone-{}", self.clones));
+        self.note(format!("go on with a clone of {number:?}"));
+        let base = Base::Image {
+            path: self.path.clone(),
+            snapshot: number.map(|n| n.to_string()),
+            reference: false,
+        };
+        let cluster = cluster(&mut self.random);
+        create(&path, &new_image(None, cluster, Some(base)), &[]).unwrap();
+        self.leave_for(path);
+        if let Some(number) = number {
+            self.disk = self.snapshots[&number].clone();
+        }
+        self.snapshots.clear();
+    }
+
+    /// Goes on with a copy that came by way of a raw file.
+    fn convert(&mut self) {
+        self.image = None;
+        self.clones += 1;
+        self.note("go on with a copy by way of a raw file".to_owned());
+        let raw = self.dir.path().join("converted");
+        let file = File::create(&raw).unwrap();
+        file.set_len(self.disk.size).unwrap();
+        let view = now(&self.path);
+        let mut walk = view.walk();
+        let mut at = 0;
+        while at < view.size() {
+            let piece = walk.piece(at).unwrap();
+            if piece.depth.is_some() {
+                let mut buf = vec![0; usize::try_from(piece.bytes.end - at).unwrap()];
+                view.read(at, &mut buf).unwrap();
+                file.write_all_at(&buf, at).unwrap();
+            }
+            at = piece.bytes.end;
+        }
+        let source = RealFile::open_raw(&raw).unwrap();
+        let path = self.dir.path().join(format!("copy-{}", self.clones));
+        let new = new_image(Some(self.disk.size), cluster(&mut self.random), None);
+        create_filled(&path, &new, &[], &mut |image| {
+            let mut at = 0;
+            while let Some(data) = source.next_data(at).unwrap() {
+                image.import(source.as_ref(), data.clone())?;
+                at = data.end;
+            }
+            Ok(())
+        })
+        .unwrap();
+        self.leave_for(path);
+        self.snapshots.clear();
+    }
+
+    fn leave_for(&mut self, path: PathBuf) {
+        std::fs::remove_dir_all(&self.path).unwrap();
+        self.path = path;
+    }
+
+    /// The image is sound, and it and all snapshots show what they must.
+    fn verify(&mut self) -> Result<(), String> {
+        let stored = Stored::open(&self.path, &[]).unwrap();
+        let report = check(&stored).unwrap();
+        if !report.corruptions.is_empty() || !report.unchecked.is_empty() {
+            return Err(format!("check: {report:?}"));
+        }
+        same(
+            &stored.view(stored.root().active).unwrap(),
+            &self.disk,
+            "the disk",
+        )?;
+        let found: Vec<_> = stored.root().snapshots.iter().map(|s| s.number).collect();
+        let expected: Vec<_> = self.snapshots.keys().copied().collect();
+        if found != expected {
+            return Err(format!("snapshots {found:?}, not {expected:?}"));
+        }
+        for snapshot in &stored.root().snapshots {
+            let view = stored.view(snapshot.layer).unwrap();
+            let name = format!("snapshot {}", snapshot.number);
+            same(&view, &self.snapshots[&snapshot.number], &name)?;
+        }
+        Ok(())
+    }
+}
+
+/// A failure of any kind tells what led to it.
+impl Drop for Run {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("after\n  {}", self.log.join("\n  "));
+        }
+    }
+}
+
+fn now(path: &Path) -> View {
+    let stored = Stored::open(path, &[]).unwrap();
+    stored.view(stored.root().active).unwrap()
+}
+
+fn same(view: &View, disk: &Disk, what: &str) -> Result<(), String> {
+    if view.size() != disk.size {
+        return Err(format!(
+            "{what} has {} bytes, not {}",
+            view.size(),
+            disk.size
+        ));
+    }
+    let mut bytes = vec![0xee; usize::try_from(disk.size).unwrap()];
+    view.read(0, &mut bytes).unwrap();
+    let zeros = vec![0; usize::try_from(PAGE).unwrap()];
+    for (number, found) in (0..).zip(bytes.chunks(zeros.len())) {
+        if found != disk.page(number).unwrap_or(&zeros) {
+            return Err(format!("{what} shows other bytes in page {number}"));
+        }
+    }
+    Ok(())
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    let text = std::env::var(variable).ok();
+    text.map_or(default, |t| t.parse().unwrap())
+}
+
+#[test]
+fn an_image_shows_what_a_plain_array_of_bytes_would() {
+    let operations = number("PCOW_MODEL_OPERATIONS", 1000);
+    let first = number("PCOW_MODEL_SEED", 1);
+    for seed in first..first + operations.div_ceil(SEQUENCE) {
+        let mut run = Run::new(seed);
+        for _ in 0..SEQUENCE.min(operations) {
+            run.step();
+            if let Err(what) = run.verify() {
+                panic!("{what}");
+            }
+        }
+    }
+}
