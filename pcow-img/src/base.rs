@@ -23,7 +23,7 @@ pub enum BaseFormat {
 #[derive(Debug, Args)]
 pub struct BaseOptions {
     /// Format of the base [default: pcow]; it is never guessed
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
     pub base_format: Option<BaseFormat>,
 
     /// Refer to the base's files where they are, instead of giving them a second name in the image

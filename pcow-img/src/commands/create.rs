@@ -12,7 +12,7 @@ use pcow_format::{
 };
 use serde::Serialize;
 
-use crate::base::{self, BaseOptions};
+use crate::base::{self, BaseFormat, BaseOptions};
 use crate::cli::Global;
 use crate::console::{Console, warn};
 use crate::failure::{Doing, Failure, one_line};
@@ -39,8 +39,22 @@ pub struct Create {
     arguments: Vec<OsString>,
 
     /// What the disk shows where nothing was written: IMAGE, IMAGE@SNAPSHOT or a raw file
-    #[arg(long, value_name = "BASE")]
+    #[arg(short, long, value_name = "BASE")]
     base: Option<OsString>,
+
+    /// Format of the image, for those who are used to give it
+    #[arg(
+        short = 'f',
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow",
+        hide = true
+    )]
+    format: OnlyPcow,
+
+    /// size=, cluster_size=, preallocation=, backing_file= or backing_fmt=, as with 'qemu-img create'
+    #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
+    options: Vec<String>,
 
     #[command(flatten)]
     base_options: BaseOptions,
@@ -56,6 +70,13 @@ pub struct Create {
     /// What gets storage at once: nothing, the map, or all of the disk, with the base's bytes copied
     #[arg(long, value_enum, value_name = "MODE", default_value = "off")]
     preallocation: Preallocation,
+}
+
+/// The one format that can be created.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnlyPcow {
+    /// An image of this program
+    Pcow,
 }
 
 /// What a new image gets storage for.
@@ -99,7 +120,11 @@ struct NewImageInfo {
 
 impl Create {
     /// Makes the image.
-    pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+    pub fn run(mut self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+        let OnlyPcow::Pcow = self.format;
+        for option in std::mem::take(&mut self.options) {
+            self.take_option(&option).map_err(Failure::usage)?;
+        }
         let wanted = self.wanted()?;
         self.check_unit(wanted.cluster)?;
         let find = |text| base::find(text, &self.base_options, &global.base_dirs);
@@ -112,6 +137,33 @@ impl Create {
         };
         let created = create(wanted.image, &new, self.preallocation, global)?;
         console.confirm(&describe(wanted.image, created, global)?)
+    }
+
+    /// Puts an option of `-o` where the one with its own name goes.
+    fn take_option(&mut self, option: &str) -> Result<(), String> {
+        let Some((key, value)) = option.split_once('=') else {
+            return Err(format!("'-o {option}' has no value: write {option}=VALUE"));
+        };
+        let twice = || format!("'-o {key}' is given twice, or in two ways");
+        let is_free = match key {
+            "size" if self.arguments.len() == 1 => {
+                self.arguments.push(value.into());
+                true
+            }
+            "size" => false,
+            "cluster_size" => self.cluster_size.replace(size::cluster(value)?).is_none(),
+            "backing_file" => self.base.replace(value.into()).is_none(),
+            "backing_fmt" => {
+                let format = BaseFormat::from_str(value, false)?;
+                self.base_options.base_format.replace(format).is_none()
+            }
+            "preallocation" => {
+                self.preallocation = Preallocation::from_str(value, false)?;
+                true
+            }
+            _ => return Err(format!("'-o {key}' is not known")),
+        };
+        is_free.then_some(()).ok_or_else(twice)
     }
 
     fn wanted(&self) -> Result<Wanted<'_>, Failure> {
@@ -249,6 +301,8 @@ fn allocate_all(image: &Image, progress: &mut Progress) -> pcow_format::Result<(
     Ok(())
 }
 
+/// Sections in which Linux on x86 takes memory in.
+const STEP_OF_GUESTS: u64 = 128 << 20;
 /// Bytes that get storage in one step.
 const ALLOCATION_BYTES: u64 = 64 << 20;
 
@@ -287,6 +341,15 @@ impl fmt::Display for NewImageInfo {
             Bytes(self.virtual_size),
             Bytes(self.cluster_size)
         )?;
+        let rest = self.virtual_size % STEP_OF_GUESTS;
+        if rest > 0 {
+            let step = Bytes(STEP_OF_GUESTS);
+            writeln!(
+                f,
+                "guests take memory in steps of {step}: the last {} may be out of reach",
+                Bytes(rest)
+            )?;
+        }
         if let Some(name) = &self.sealed_base_as {
             writeln!(f, "the base's present state is now its snapshot '{name}'")?;
         }

@@ -26,10 +26,10 @@ use crate::snapshots::SnapshotInfo;
 #[derive(Debug, Args)]
 pub struct Delete {
     /// The image
-    image: PathBuf,
+    pub image: PathBuf,
 
     /// Name or number of the snapshot
-    snapshot: String,
+    pub snapshot: String,
 }
 
 /// What `delete` did.

@@ -19,7 +19,7 @@ use crate::snapshots::SnapshotInfo;
 #[derive(Debug, Args)]
 pub struct List {
     /// The image
-    image: PathBuf,
+    pub image: PathBuf,
 }
 
 /// The answer of `list`.

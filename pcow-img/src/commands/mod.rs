@@ -2,12 +2,15 @@
 //! The commands, one file each: arguments, what is done, and what is printed.
 
 mod check;
+mod commit;
 mod compact;
 mod compare;
+mod completions;
 mod convert;
 mod create;
 mod delete;
 mod diff;
+mod doctor;
 mod info;
 mod list;
 mod map;
@@ -43,6 +46,11 @@ pub enum Command {
     Diff(diff::Diff),
     Read(read::Read),
     Write(write::Write),
+    Commit(commit::Commit),
+    Doctor(doctor::Doctor),
+    Completions(completions::Completions),
+    #[command(hide = true)]
+    Man(completions::Man),
     Convert(convert::Convert),
     Measure(measure::Measure),
     Resize(resize::Resize),
@@ -78,6 +86,10 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::Diff(c) => c.run(global, &mut console),
         Command::Read(c) => c.run(global, &mut console),
         Command::Write(c) => c.run(global, &mut console),
+        Command::Commit(c) => c.run(global, &mut console),
+        Command::Doctor(c) => return c.run(&mut console),
+        Command::Completions(c) => c.run(&mut console),
+        Command::Man(c) => c.run(&mut console),
         Command::Resize(c) => c.run(global, &mut console),
         Command::Measure(c) => c.run(global, &mut console),
         Command::Convert(c) => c.run(global, &mut console),

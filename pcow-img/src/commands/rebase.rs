@@ -30,13 +30,22 @@ pub struct Rebase {
     image: PathBuf,
 
     /// The new base: IMAGE, IMAGE@SNAPSHOT, a raw file, or none
-    base: OsString,
+    #[arg(required_unless_present_any = ["backing", "flatten"])]
+    base: Option<OsString>,
+
+    /// The new base, as with 'qemu-img rebase'
+    #[arg(short = 'b', value_name = "BASE", conflicts_with = "base")]
+    backing: Option<OsString>,
+
+    /// No base: the image gets all that it needs
+    #[arg(long, conflicts_with_all = ["base", "backing", "is_unsafe"])]
+    flatten: bool,
 
     #[command(flatten)]
     base_options: BaseOptions,
 
     /// Only change the link: the disk shows the new base's bytes where the image has none of its own
-    #[arg(long = "unsafe")]
+    #[arg(short = 'u', long = "unsafe")]
     is_unsafe: bool,
 }
 
@@ -69,7 +78,7 @@ impl Rebase {
         let rebased = self.rebase(base.as_ref(), &global.base_dirs)?;
         console.confirm(&Done {
             filename: self.image.clone(),
-            base: base.is_some().then(|| PathBuf::from(&self.base)),
+            base: base.is_some().then(|| PathBuf::from(self.named())),
             safe: !self.is_unsafe,
             written_size: rebased.written_bytes,
             copied_size: rebased.copied_bytes,
@@ -77,11 +86,17 @@ impl Rebase {
         })
     }
 
+    /// The base as it was named; empty for none.
+    fn named(&self) -> &OsStr {
+        let named = self.base.as_ref().or(self.backing.as_ref());
+        named.map_or(OsStr::new(""), OsString::as_os_str)
+    }
+
     fn new_base(&self, base_dirs: &[PathBuf]) -> Result<Option<Base>, Failure> {
-        if self.base.is_empty() || self.base == "none" {
+        if self.named().is_empty() || self.named() == "none" {
             return Ok(None);
         }
-        let base = base::find(&self.base, &self.base_options, base_dirs)?;
+        let base = base::find(self.named(), &self.base_options, base_dirs)?;
         if let Base::Image { path, snapshot, .. } = &base
             && snapshot.is_none()
             && same_directory(path, &self.image)
@@ -102,7 +117,7 @@ impl Rebase {
         };
         let locked = matches!(&rebased, Err(e) if e.kind() == ErrorKind::Locked);
         let rebased = rebased.doing(|| {
-            let base = self.base.display();
+            let base = self.named().display();
             format!("{PURPOSE} {} on '{base}'", self.image.display())
         });
         rebased.map_err(|f| {

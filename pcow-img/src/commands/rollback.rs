@@ -47,6 +47,15 @@ struct Done {
 const PURPOSE: &str = "cannot roll back";
 
 impl Rollback {
+    /// To `snapshot`, keeping what was written since.
+    pub fn new(image: PathBuf, snapshot: String) -> Self {
+        Self {
+            image,
+            snapshot,
+            discard: false,
+        }
+    }
+
     /// Rolls back.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
         let context = || format!("{PURPOSE} {}", self.image.display());

@@ -8,6 +8,9 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
+use super::delete::Delete;
+use super::list::List;
+use super::rollback::Rollback;
 use crate::cli::Global;
 use crate::console::Console;
 use crate::failure::{Doing, Failure, Status};
@@ -26,6 +29,30 @@ pub struct Snapshot {
 
     /// Name of the snapshot [default: snapshot-NUMBER]; digits alone are a number, not a name
     name: Option<String>,
+
+    #[command(flatten)]
+    older: Older,
+}
+
+/// What `qemu-img snapshot` calls its commands.
+#[derive(Debug, Default, Args)]
+#[group(multiple = false, conflicts_with = "name")]
+struct Older {
+    /// Take one of this name, as with 'qemu-img snapshot'
+    #[arg(short = 'c', value_name = "NAME")]
+    create: Option<String>,
+
+    /// As 'list'
+    #[arg(short = 'l')]
+    list: bool,
+
+    /// As 'rollback'
+    #[arg(short = 'a', value_name = "SNAPSHOT")]
+    apply: Option<String>,
+
+    /// As 'delete'
+    #[arg(short = 'd', value_name = "SNAPSHOT")]
+    delete: Option<String>,
 }
 
 /// What `snapshot` made.
@@ -42,7 +69,19 @@ const PURPOSE: &str = "cannot take a snapshot of";
 
 impl Snapshot {
     /// Takes the snapshot.
-    pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+    pub fn run(mut self, global: &Global, console: &mut Console) -> Result<(), Failure> {
+        let older = std::mem::take(&mut self.older);
+        if older.list {
+            return List { image: self.image }.run(global, console);
+        }
+        if let Some(snapshot) = older.apply {
+            return Rollback::new(self.image, snapshot).run(global, console);
+        }
+        if let Some(snapshot) = older.delete {
+            let image = self.image;
+            return Delete { image, snapshot }.run(global, console);
+        }
+        self.name = self.name.or(older.create);
         let context = || format!("{PURPOSE} {}", self.image.display());
         let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
         if let Some(name) = &self.name {

@@ -13,3 +13,4 @@ mod refusing;
 mod repairing;
 mod showing;
 mod sizes;
+mod spellings;

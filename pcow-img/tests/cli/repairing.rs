@@ -35,9 +35,12 @@ fn check(s: &Sandbox, options: &[&str], code: i32) -> Value {
     finished.json()
 }
 
+/// Does damage to an image.
+type Break = fn(&Sandbox);
+
 #[test]
 fn faults_of_structure_are_found() {
-    let faults: [(&str, fn(&Sandbox)); 9] = [
+    let faults: [(&str, Break); 9] = [
         ("a data file that is gone", |s| {
             std::fs::remove_file(data(s, false)).unwrap()
         }),
