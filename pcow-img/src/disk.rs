@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::base;
 use crate::failure::{Doing, Failure, Status};
-use crate::foreign;
+use crate::foreign::{self, Opened};
 use crate::open;
 
 /// A format of disks.
@@ -25,9 +25,9 @@ pub enum Format {
     Pcow,
     /// A file that holds the bytes of a disk
     Raw,
-    /// QEMU's format; through qemu-img
+    /// QEMU's format
     Qcow2,
-    /// `VMware`'s format; through qemu-img
+    /// `VMware`'s format
     Vmdk,
 }
 
@@ -53,6 +53,8 @@ pub enum Disk {
     ),
     /// A file whose bytes are those of the disk.
     Raw(Arc<dyn File>, u64),
+    /// A file of another format.
+    Foreign(foreign::Access),
 }
 
 /// A piece of a disk.
@@ -83,8 +85,11 @@ impl Disk {
             Format::Pcow => Self::open_image(text, base_dirs, purpose),
             Format::Raw => Self::open_raw(Path::new(text), purpose),
             Format::Qcow2 | Format::Vmdk => {
-                let file = foreign::read(Path::new(text), format, purpose)?;
-                Self::of_file(file, Path::new(text), purpose)
+                let path = Path::new(text);
+                match foreign::open(path, format, base_dirs, purpose)? {
+                    Opened::Directly(access) => Ok(Self::Foreign(access)),
+                    Opened::AsRaw(file) => Self::of_file(file, path, purpose),
+                }
             }
         }
     }
@@ -130,6 +135,7 @@ impl Disk {
         match self {
             Disk::Image(view, _) => view.size(),
             Disk::Raw(_, size) => *size,
+            Disk::Foreign(access) => access.size(),
         }
     }
 
@@ -139,7 +145,7 @@ impl Disk {
             disk: self,
             walk: match self {
                 Disk::Image(view, _) => Some(view.walk()),
-                Disk::Raw(..) => None,
+                Disk::Raw(..) | Disk::Foreign(_) => None,
             },
         }
     }
@@ -156,14 +162,16 @@ impl Disk {
                 buf[done..].fill(0);
                 Ok(())
             }
+            Disk::Foreign(access) => access.read(buf, offset).map_err(cannot_read),
         }
     }
 
-    /// The file in which a piece's bytes are, at their own offset.
-    pub fn file_of(&self, piece: &Piece) -> &dyn File {
+    /// The file in which a piece's bytes are at their own offset, if there is such a file.
+    pub fn file_of(&self, piece: &Piece) -> Option<&dyn File> {
         match self {
-            Disk::Image(view, _) => view.chain().data_file(piece.depth),
-            Disk::Raw(file, _) => file.as_ref(),
+            Disk::Image(view, _) => Some(view.chain().data_file(piece.depth)),
+            Disk::Raw(file, _) => Some(file.as_ref()),
+            Disk::Foreign(_) => None,
         }
     }
 }
@@ -198,6 +206,13 @@ impl Pieces<'_> {
         }
         match self.disk {
             Disk::Raw(file, _) => raw_piece(file.as_ref(), at, size),
+            Disk::Foreign(access) => {
+                let (end, is_data) = foreign::piece(access, at, size).map_err(cannot_read)?;
+                Ok(Piece {
+                    is_data,
+                    ..Piece::zeros(at..end)
+                })
+            }
             Disk::Image(view, _) => {
                 let Some(walk) = &mut self.walk else {
                     return Ok(Piece::zeros(at..size));

@@ -24,8 +24,10 @@ use crate::size::{self, Bytes};
 /// Copy a disk into another format, or out of a snapshot
 ///
 /// Formats are never guessed: pcow is meant unless -f or -O says otherwise. Holes are not read and stay holes; the rest
-/// is shared or copied by the filesystem where it can. qcow2 and VMDK are read and written through qemu-img, which must
-/// be there for them, by way of a raw temporary file (in TMPDIR for reading, beside the target for writing).
+/// is shared or copied by the filesystem where it can. qcow2 and flat VMDK are read directly. They are written through
+/// qemu-img, which must be there for that, by way of a raw file beside the target; so are other kinds of VMDK and qcow2 with
+/// subclusters read, by way of one in TMPDIR. Files that a file refers to must be beside it, or below a --base-dir, and their
+/// format must be said.
 ///
 /// The target appears when it is complete, or not at all. With -n an existing raw file is written to in place.
 #[derive(Debug, Args)]
@@ -82,6 +84,8 @@ struct Done {
 const PURPOSE: &str = "cannot convert";
 /// Bytes copied at a time.
 const STEP_BYTES: u64 = 64 << 20;
+/// Bytes read at a time where the filesystem cannot copy.
+const READ_BYTES: u64 = 1 << 20;
 
 impl Convert {
     /// Converts.
@@ -152,8 +156,9 @@ impl Convert {
             base: None,
         };
         let fill = &mut |image: &pcow_format::Image| {
-            copy(source, progress, copied, &mut |file, range| {
-                image.import(file, range)
+            copy(source, progress, copied, &mut |chunk| match chunk {
+                Chunk::In(file, range) => image.import(file, range),
+                Chunk::Bytes(at, bytes) => image.write(at, bytes),
             })
         };
         create_filled(&self.target, &new, &global.base_dirs, fill).doing(context)?;
@@ -205,8 +210,16 @@ impl Convert {
     }
 }
 
-/// Takes a range of a file over to the target, at the same offset.
-type Take<'a> = &'a mut dyn FnMut(&dyn File, std::ops::Range<u64>) -> pcow_format::Result<()>;
+/// Something to be copied.
+enum Chunk<'a> {
+    /// A range of a file, to the same offset.
+    In(&'a dyn File, std::ops::Range<u64>),
+    /// Bytes for an offset.
+    Bytes(u64, &'a [u8]),
+}
+
+/// Puts a chunk into the target.
+type Take<'a> = &'a mut dyn FnMut(Chunk<'_>) -> pcow_format::Result<()>;
 
 /// Copies what is data of `source`; everything else is a hole of the target already.
 fn copy(
@@ -216,13 +229,20 @@ fn copy(
     take: Take<'_>,
 ) -> pcow_format::Result<()> {
     let mut pieces = source.pieces();
+    let mut buf = Vec::new();
     let mut at = 0;
     while at < source.size() {
         let piece = pieces.at(at)?;
         let mut end = piece.bytes.end;
-        if piece.is_data {
+        if let (true, Some(file)) = (piece.is_data, source.file_of(&piece)) {
             end = end.min(at + STEP_BYTES);
-            take(source.file_of(&piece), at..end)?;
+            take(Chunk::In(file, at..end))?;
+            *copied += end - at;
+        } else if piece.is_data {
+            end = end.min(at + READ_BYTES);
+            buf.resize(usize::try_from(end - at).unwrap_or(usize::MAX), 0);
+            source.read(at, &mut buf)?;
+            take(Chunk::Bytes(at, &buf))?;
             *copied += end - at;
         }
         at = end;
@@ -234,7 +254,7 @@ fn copy(
 fn bytes_of_data(source: &Disk) -> pcow_format::Result<u64> {
     let mut sum = 0;
     let mut progress = Progress::new(0, true);
-    copy(source, &mut progress, &mut sum, &mut |_, _| Ok(()))?;
+    copy(source, &mut progress, &mut sum, &mut |_| Ok(()))?;
     Ok(sum)
 }
 
@@ -259,8 +279,11 @@ fn copy_to_file(
     progress: &mut Progress,
     copied: &mut u64,
 ) -> Result<(), Failure> {
-    copy(source, progress, copied, &mut |file, range| {
-        let done = target.copy_from(Site("convert.copy"), file, range);
+    copy(source, progress, copied, &mut |chunk| {
+        let done = match chunk {
+            Chunk::In(file, range) => target.copy_from(Site("convert.copy"), file, range),
+            Chunk::Bytes(at, bytes) => target.write_at(Site("convert.write"), bytes, at),
+        };
         done.map_err(|e| {
             let kind = pcow_format::ErrorKind::Io;
             pcow_format::Error::new(kind, "cannot write the target").caused_by(e)

@@ -199,3 +199,32 @@ fn what_is_measured_is_what_it_takes() {
     s.refused(&["measure", "vm", "-O", "qcow2"], 64, &["qemu-img measure"]);
     s.refused(&["measure"], 64, &[]);
 }
+
+/// A file that somebody else made may refer to any file of the machine.
+#[test]
+fn what_a_file_refers_to_must_be_beside_it_or_allowed() {
+    if !has_qemu_img() {
+        return;
+    }
+    let s = Sandbox::new();
+    std::fs::create_dir(s.path("secret")).unwrap();
+    std::fs::create_dir(s.path("got")).unwrap();
+    disk(&s, "secret/disk");
+    for options in ["", "-o extended_l2=on,cluster_size=128k"] {
+        let line = format!(
+            "rm -f got/file && qemu-img create -q -f qcow2 {options} -b $PWD/secret/disk -F raw got/file"
+        );
+        let made = s.shell(&line);
+        made.expect(made.code() == 0, "a file");
+        let convert = ["convert", "-f", "qcow2", "got/file", "vm"];
+        let finished = s.run(&convert);
+        finished.expect(finished.code() == 1 && !s.path("vm").exists(), "a refusal");
+    }
+    let made =
+        s.shell("rm got/file && qemu-img create -q -f qcow2 -b ../secret/disk -F raw got/file");
+    made.expect(made.code() == 0, "a file");
+    let convert = ["convert", "-f", "qcow2", "got/file", "vm"];
+    s.refused(&convert, 1, &["--base-dir", "secret/disk"]);
+    s.ok(&[&convert[..], &["--base-dir", "secret"]].concat());
+    s.ok(&["compare", "-F", "raw", "vm", "secret/disk"]);
+}
