@@ -11,6 +11,7 @@ mod create;
 mod delete;
 mod diff;
 mod doctor;
+mod flush;
 mod info;
 mod list;
 mod map;
@@ -46,6 +47,7 @@ pub enum Command {
     Diff(diff::Diff),
     Read(read::Read),
     Write(write::Write),
+    Flush(flush::Flush),
     Commit(commit::Commit),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -86,6 +88,7 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::Diff(c) => c.run(global, &mut console),
         Command::Read(c) => c.run(global, &mut console),
         Command::Write(c) => c.run(global, &mut console),
+        Command::Flush(c) => c.run(global, &mut console),
         Command::Commit(c) => c.run(global, &mut console),
         Command::Doctor(c) => return c.run(&mut console),
         Command::Completions(c) => c.run(&mut console),

@@ -187,6 +187,18 @@ fn what_was_not_flushed_before_a_forced_shutdown_can_be_given_up() {
 }
 
 #[test]
+fn a_flush_leaves_nothing_to_lose() {
+    let s = image();
+    let image = s.image("vm");
+    store(&image, 2 * MIB, 3);
+    drop(image);
+    assert_eq!(check(&s, &[], 0)["unflushed-clusters"], 1);
+    assert_eq!(s.json(&["flush", "vm"])["filename"], "vm");
+    assert_eq!(check(&s, &[], 0)["unflushed-clusters"], 0);
+    s.refused(&["flush", "nowhere"], 1, &["cannot flush"]);
+}
+
+#[test]
 fn all_data_can_be_read() {
     let s = image();
     check(&s, &["--data"], 0);
