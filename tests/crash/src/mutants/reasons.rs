@@ -7,6 +7,36 @@ use super::Mutant;
 const NOT_FOR_CRASHES: &[(&str, &str)] = &[
     ("active.give_back.punch", "gives space back"),
     ("active.give_back_clean.punch", "gives space back"),
+    ("active.give_back_unused.punch", "gives space back"),
+    ("active.map.reserve", "for full disks"),
+    (
+        "active.import.punch",
+        "for images that are not new; new ones have holes there",
+    ),
+    (
+        "active.import.copy",
+        "fills a new image, which has no name before it is flushed",
+    ),
+    (
+        "active.import.sync",
+        "fills a new image, which has no name before it is flushed",
+    ),
+    ("repair.flush_failed.unlink", "gives a name back"),
+    ("repair.flush_failed.sync", "gives a name back"),
+    ("repair.past_end.word", "speaks of no cluster of the disk"),
+    ("repair.past_end.sync", "speaks of no cluster of the disk"),
+    (
+        "repair.trust.data_sync",
+        "the bytes are of an earlier boot: none of them is in the page cache",
+    ),
+    (
+        "repair.live.word",
+        "decides before an opening, which decides in its own way without it",
+    ),
+    (
+        "repair.live.sync",
+        "decides before an opening, which decides in its own way without it",
+    ),
     ("create.part.rmdir", "gives space back"),
     ("create.part.unlink", "gives space back"),
     (

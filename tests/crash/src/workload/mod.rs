@@ -2,6 +2,7 @@
 //! A workload under way: images open on a simulated filesystem, and what they must show at every act.
 
 mod guest;
+mod offline;
 mod operations;
 mod tree;
 

@@ -110,7 +110,7 @@ impl Run<'_> {
 
     /// A clone for which there is no space.
     pub(super) fn failing_clone(&mut self) -> Result<bool, String> {
-        let sealed = if self.is_untouched()? {
+        let sealed = if self.shows_its_parent()? {
             self.model().clone()
         } else {
             self.model().with_snapshot()
@@ -129,7 +129,7 @@ impl Run<'_> {
         self.reopen()
     }
 
-    fn change_tree(
+    pub(super) fn change_tree(
         &mut self,
         steps: &[Model],
         change: impl FnOnce(&mut Image) -> pcow_format::Result<()>,
@@ -145,7 +145,7 @@ impl Run<'_> {
 
     /// Clones the image, which must be closed for that.
     pub(super) fn clone_image(&mut self) -> Result<bool, String> {
-        let sealed = if self.is_untouched()? {
+        let sealed = if self.shows_its_parent()? {
             self.model().clone()
         } else {
             self.model().with_snapshot()
