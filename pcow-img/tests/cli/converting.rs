@@ -2,11 +2,12 @@
 //! `convert` and `measure`, with `qemu-img` as the judge where it is there.
 
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::content::raw;
-use crate::harness::{MIB, Sandbox};
+use crate::harness::{MIB, Sandbox, wait_until};
 
 /// A raw disk of an odd size with data at its start, across clusters, and at its end.
 fn disk(s: &Sandbox, name: &str) -> u64 {
@@ -227,4 +228,49 @@ fn what_a_file_refers_to_must_be_beside_it_or_allowed() {
     s.refused(&convert, 1, &["--base-dir", "secret/disk"]);
     s.ok(&[&convert[..], &["--base-dir", "secret"]].concat());
     s.ok(&["compare", "-F", "raw", "vm", "secret/disk"]);
+}
+
+/// As with Ctrl-C, as soon as something is on its way.
+#[test]
+fn a_conversion_that_is_interrupted_leaves_no_target_or_a_whole_one() {
+    let s = Sandbox::new();
+    let block = vec![7; 1 << 20];
+    let content: Vec<(u64, &[u8])> = (0..64).map(|n| (n * 2 * MIB, block.as_slice())).collect();
+    raw(&s, "disk", 128 * MIB, &content);
+    let targets: [(&[&str], &str); 2] = [
+        (&["-f", "raw", "disk", "vm"], "vm"),
+        (&["-f", "raw", "-O", "raw", "disk", "copy"], "copy"),
+    ];
+    for (arguments, target) in targets {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pcow-img"));
+        command
+            .arg("convert")
+            .args(arguments)
+            .current_dir(s.path("."));
+        let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+        let names = || {
+            std::fs::read_dir(s.path("."))
+                .unwrap()
+                .map(|e| e.unwrap().path())
+        };
+        let on_its_way = || names().any(|p| p.extension().is_some_and(|e| e == "part"));
+        // It is not waited for before the signal, so that its number stays its own.
+        let target_is_there = || s.path(target).exists();
+        wait_until(Duration::from_secs(30), || {
+            on_its_way() || target_is_there()
+        });
+        let pid = rustix::process::Pid::from_child(&child);
+        let interrupted = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        child.wait().unwrap();
+        interrupted.unwrap();
+        if s.path(target).exists() {
+            let format = if target == "vm" { "pcow" } else { "raw" };
+            s.ok(&["compare", "-f", "raw", "-F", format, "disk", target]);
+        }
+        // What was on its way is in nobody's way.
+        let again = format!("{target}-2");
+        let mut arguments = arguments.to_vec();
+        *arguments.last_mut().unwrap() = &again;
+        s.ok(&[&["convert"], arguments.as_slice()].concat());
+    }
 }

@@ -222,7 +222,7 @@ impl DerefMut for HeldImage {
 }
 
 /// Waits for `condition`; loud if it does not come true in time.
-fn wait_until(timeout: Duration, condition: impl Fn() -> bool) {
+pub fn wait_until(timeout: Duration, condition: impl Fn() -> bool) {
     let end = Instant::now() + timeout;
     while !condition() {
         assert!(Instant::now() < end, "nothing happened in {timeout:?}");
