@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pcow_format::{LOCK_FILE, Purpose, Stored, holder};
+use pcow_format::{LOCK_FILE, Process, Purpose, Stored, holder};
 use pcow_protocol::frontend::{Frontend, FrontendOptions, LinkStatus};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
@@ -17,6 +17,7 @@ use pcow_tests::soak::{Difference, Load, build, come_and_go, kill_again_and_agai
 use pcow_tests::waiting::wait_until;
 use rustix::net::{Shutdown, SocketAddrAny, SocketAddrUnix, getpeername, shutdown};
 use rustix::process::Signal;
+use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -308,9 +309,16 @@ fn a_copy_made_of_links_cannot_be_served_at_all() {
 struct Bystander(Child);
 
 impl Bystander {
-    fn new() -> Self {
-        let mut sleep = Command::new("sleep");
-        Self(sleep.arg("600").stdin(Stdio::null()).spawn().unwrap())
+    /// One that another process can be told from by its start, which the kernel tells in ticks of some milliseconds.
+    fn later_than(pid: u32) -> Self {
+        let start = |pid| Process::running(pid, Uuid::nil()).unwrap().start;
+        loop {
+            let mut sleep = Command::new("sleep");
+            let one = Self(sleep.arg("600").stdin(Stdio::null()).spawn().unwrap());
+            if start(one.0.id()) != start(pid) {
+                return one;
+            }
+        }
     }
 }
 
@@ -328,7 +336,7 @@ fn a_takeover_signals_nobody_whom_the_lock_does_not_name_exactly() {
     let mut backend = Backend::start(&image, &[]);
     let lock = image.join(LOCK_FILE);
     let right = std::fs::read_to_string(&lock).unwrap();
-    let mut bystander = Bystander::new();
+    let mut bystander = Bystander::later_than(backend.pid());
     let pid = format!("pid={} ", backend.pid());
     let field = |name: &str| {
         let (_, rest) = right.split_once(name).unwrap();

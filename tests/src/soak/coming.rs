@@ -91,8 +91,6 @@ pub fn come_and_go(time: Duration) -> Coming {
     let scratch = Scratch::below("/dev/shm".as_ref());
     let image = build(&scratch, 1);
     let backend = Backend::start(&image, &[]);
-    // It listens, and so has the threads that it has without a frontend.
-    let alone = Usage::of(backend.pid()).threads;
     let begin = Instant::now();
     let mut early = None;
     let mut frontends = 0;
@@ -101,10 +99,10 @@ pub fn come_and_go(time: Duration) -> Coming {
         done = stay(&backend, frontends, done);
         frontends += 1;
         if early.is_none() && begin.elapsed() >= time / 10 {
-            early = Some(usage_when_alone(&backend, alone));
+            early = Some(usage_when_alone(&backend));
         }
     }
-    let late = usage_when_alone(&backend, alone);
+    let late = usage_when_alone(&backend);
     drop(backend);
     Coming {
         frontends,
@@ -127,18 +125,19 @@ fn stay(backend: &Backend, number: usize, before: Done) -> Done {
     done
 }
 
-fn usage_when_alone(backend: &Backend, threads: u64) -> Usage {
-    let usage = || Usage::of(backend.pid());
-    wait_until("the backend is alone", PATIENCE, || {
-        usage().threads == threads
-    });
-    // It forgets connections that have ended, and closes what belongs to them, within a second.
-    let mut since = (usage().descriptors, Instant::now());
+/// What the backend has when nothing of its frontends is left: it forgets connections that have ended, and closes what
+/// belongs to them, within a second.
+fn usage_when_alone(backend: &Backend) -> Usage {
+    let count = || {
+        let usage = Usage::of(backend.pid());
+        (usage.threads, usage.descriptors)
+    };
+    let mut since = (count(), Instant::now());
     wait_until("it has forgotten them", PATIENCE, || {
-        if usage().descriptors != since.0 {
-            since = (usage().descriptors, Instant::now());
+        if count() != since.0 {
+            since = (count(), Instant::now());
         }
         since.1.elapsed() > FORGOTTEN
     });
-    usage()
+    Usage::of(backend.pid())
 }
