@@ -90,7 +90,8 @@ impl Machine<'_> {
             format!("memory-backend-file,id=pm,mem-path=nvdimm,size={NVDIMM_BYTES},share=on");
         // A kernel that hangs ends the machine, and says where it hung.
         let append = format!(
-            "console=ttyS0 quiet panic=-1 watchdog_thresh=30 softlockup_panic=1 intel_iommu=on {}",
+            "console=ttyS0 quiet panic=-1 watchdog_thresh=30 softlockup_panic=1 \
+             rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1 intel_iommu=on {}",
             self.environment
         );
         let mut command = Command::new(self.qemu);
