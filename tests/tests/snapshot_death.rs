@@ -16,9 +16,9 @@ use pcow_tests::waiting::wait_until;
 use serde_json::json;
 
 /// How often the backend is killed.
-/// In lengths of a snapshot.
-const SPREAD: u32 = 6;
 const KILLS: u32 = 24;
+/// How far the moments of death reach, in lengths of a snapshot.
+const SPREAD: u32 = 6;
 /// Longer than anything here takes on a slow machine; only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
