@@ -12,11 +12,18 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use pcow_format::ErrorKind;
 use pcow_format::root::Proof;
 
 use crate::connection::{Offer, chain};
 use crate::disk::{Disk, WritableDisk};
 use crate::service::Cut;
+
+/// How often a cut is made before a writer that does not go is believed in.
+///
+/// A thread of the guest whose fault in a mapped file had to wait for the page keeps the file open until it returns to user
+/// mode. If RESET comes first, it faults again without returning, and waits for this backend: only being served ends that.
+const ATTEMPTS: u32 = 5;
 
 /// How long it may take to give back what was only read. What remains is sealed as data.
 const GIVE_BACK: Duration = Duration::from_secs(2);
@@ -74,6 +81,31 @@ pub fn take(
     deadline: Instant,
 ) -> Result<(u64, Proof), Failed> {
     offer.give_back(deadline.min(Instant::now() + GIVE_BACK));
+    let mut attempt = 1;
+    loop {
+        match take_once(offer, disk, name, deadline) {
+            Err(Failed::Image(e))
+                if e.kind() == ErrorKind::Locked
+                    && attempt < ATTEMPTS
+                    && Instant::now() < deadline =>
+            {
+                log::info!(
+                    "the layer is still open for writing; trying again: {}",
+                    chain(&e)
+                );
+                attempt += 1;
+            }
+            ended => return ended,
+        }
+    }
+}
+
+fn take_once(
+    offer: &Offer,
+    disk: &WritableDisk,
+    name: Option<&str>,
+    deadline: Instant,
+) -> Result<(u64, Proof), Failed> {
     let prepared = disk.prepare_snapshot(name).map_err(Failed::Image)?;
     let number = prepared.number();
     // From before the cut until everything goes on: no other session begins.

@@ -22,6 +22,8 @@ use crate::root::{self, Layer, Proof, Root};
 
 /// How long a file may still be open for writing by nobody that matters.
 const GRACE: Duration = Duration::from_secs(1);
+/// The same while a guest waits: its touches may be what keeps the file open, so that another attempt helps more.
+const LIVE_GRACE: Duration = Duration::from_millis(100);
 
 /// When the checksum of a sealed layer's map is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,7 +179,7 @@ impl Image {
         after: &mut Stored,
         checksum: Checksum,
     ) -> std::result::Result<Proof, Unsealed> {
-        let proof = self.prove_and_flush(layer)?;
+        let proof = self.prove_and_flush(layer, checksum)?;
         let row = after.root_mut().row_mut(layer)?;
         row.proof = Some(proof);
         if checksum == Checksum::Now {
@@ -258,7 +260,7 @@ impl Image {
     /// image to itself. See [`Image::reopen`].
     pub(crate) fn seal_active(&mut self, root: &mut Root) -> Result<()> {
         let layer = root.active;
-        let proof = self.prove_and_flush(layer)?;
+        let proof = self.prove_and_flush(layer, Checksum::Now)?;
         let row = root.row_mut(layer)?;
         row.map_checksum = Some(self.active.map_checksum()?);
         row.sealed = true;
@@ -267,13 +269,13 @@ impl Image {
     }
 
     /// Closes this process's own writer, makes sure that there is no other, and makes everything durable.
-    fn prove_and_flush(&mut self, layer: Uuid) -> Result<Proof> {
+    fn prove_and_flush(&mut self, layer: Uuid, checksum: Checksum) -> Result<Proof> {
         let name = data_name(layer);
         let context = || format!("cannot seal {name}");
         let reader = self.directory().open(&name, Access::Read);
         let reader = reader.context(context)?;
         self.active.close_for_writing(reader);
-        let proof = match self.take_lease().context(context)? {
+        let proof = match self.take_lease(checksum).context(context)? {
             Lease::Granted => Proof::Lease,
             Lease::Unknown => Proof::None,
             Lease::Busy => return Err(still_open(&name)),
@@ -286,14 +288,18 @@ impl Image {
 
     /// A child that a threaded program starts has copies of its descriptors until it executes its own program: such a writer
     /// is given a moment to go.
-    fn take_lease(&self) -> std::io::Result<Lease> {
-        let deadline = Instant::now() + GRACE;
+    fn take_lease(&self, checksum: Checksum) -> std::io::Result<Lease> {
+        let grace = match checksum {
+            Checksum::Now => GRACE,
+            Checksum::Later => LIVE_GRACE,
+        };
+        let deadline = Instant::now() + grace;
         loop {
             let lease = self.active.data_file().take_lease()?;
             if lease != Lease::Busy || Instant::now() >= deadline {
                 return Ok(lease);
             }
-            std::thread::sleep(GRACE / 100);
+            std::thread::sleep(grace / 100);
         }
     }
 
