@@ -191,6 +191,16 @@ impl Root {
             .ok_or_else(|| corrupt("the active layer is not in the layer table"))
     }
 
+    /// The layer that was active before the present one, if sealing it was the last change of the layer tree.
+    pub fn sealed_last(&self) -> Option<&Layer> {
+        let newest = self.snapshots.last()?;
+        let parent = self.layer(self.layer(self.active)?.parent?)?;
+        // Every change that seals a layer gives a number: if a later one did so, or the active layer lies elsewhere, the
+        // tree has changed since.
+        let is_last = newest.layer == parent.uuid && newest.number + 1 == self.next_snapshot;
+        Some(parent).filter(|l| is_last && l.sealed && l.kind == Kind::Own)
+    }
+
     /// The snapshot called `name_or_number`; a text of digits is always a number.
     ///
     /// # Errors
@@ -547,6 +557,23 @@ mod tests {
         looped.layers[2].sealed = true;
         looped.layers[3].sealed = true;
         assert_eq!(decode_error(&looped), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn the_layer_sealed_last_is_known_until_the_tree_changes_again() {
+        let sealed = |root: &Root| root.sealed_last().map(|l| l.uuid.as_u128());
+        assert_eq!(sealed(&root()), Some(2));
+        // Another branch was sealed since, as by a rollback; its snapshot may be deleted by now.
+        let mut changed = root();
+        changed.layers.push(layer(3, Some(2)));
+        let number = changed.add_snapshot("second", Uuid::from_u128(3), 6);
+        assert_eq!((number.unwrap(), sealed(&changed)), (2, None));
+        changed.snapshots.pop();
+        assert_eq!(sealed(&changed), None);
+        // A clone's parent was never its active layer.
+        let mut cloned = root();
+        cloned.snapshots.clear();
+        assert_eq!(sealed(&cloned), None);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, Stored, Written, replace_root};
 use crate::layer_files::{self, Pair, data_name};
-use crate::medium::{Access, Domain, Lease};
+use crate::medium::{Access, Domain, File, Lease};
 use crate::root::{self, Layer, Proof, Root};
 
 /// How long a file may still be open for writing by nobody that matters.
@@ -275,32 +275,27 @@ impl Image {
         let reader = self.directory().open(&name, Access::Read);
         let reader = reader.context(context)?;
         self.active.close_for_writing(reader);
-        let proof = match self.take_lease(checksum).context(context)? {
-            Lease::Granted => Proof::Lease,
-            Lease::Unknown => Proof::None,
-            Lease::Busy => return Err(still_open(&name)),
+        let grace = match checksum {
+            Checksum::Now => GRACE,
+            Checksum::Later => LIVE_GRACE,
         };
+        let proof = prove_unwritable(self.active.data_file(), &name, grace)?;
         // In both domains: with DAX this covers lines that the guest stored but did not write back itself, which have
         // another address in front of them from now on.
         self.flush()?;
         Ok(proof)
     }
 
-    /// A child that a threaded program starts has copies of its descriptors until it executes its own program: such a writer
-    /// is given a moment to go.
-    fn take_lease(&self, checksum: Checksum) -> std::io::Result<Lease> {
-        let grace = match checksum {
-            Checksum::Now => GRACE,
-            Checksum::Later => LIVE_GRACE,
-        };
-        let deadline = Instant::now() + grace;
-        loop {
-            let lease = self.active.data_file().take_lease()?;
-            if lease != Lease::Busy || Instant::now() >= deadline {
-                return Ok(lease);
-            }
-            std::thread::sleep(grace / 100);
-        }
+    /// Proves again that nobody can write to the data of `layer`, a sealed one of the image's own: for who goes on from it
+    /// and has not seen it sealed. The lease ends with this call: what it shows is that nobody is left from before.
+    ///
+    /// # Errors
+    /// `Locked` if somebody has it open for writing, or memory of it mapped; `Io`.
+    pub fn prove_sealed(&self, layer: Uuid) -> Result<Proof> {
+        let name = data_name(layer);
+        let reader = self.directory().open(&name, Access::Read);
+        let reader = reader.context(|| format!("cannot open {name}"))?;
+        prove_unwritable(reader.as_ref(), &name, LIVE_GRACE)
     }
 
     /// The proof still stands. The lease goes with the file, once the image goes on with another layer.
@@ -309,6 +304,23 @@ impl Image {
             return Err(still_open(&data_name(layer)));
         }
         Ok(())
+    }
+}
+
+/// Makes sure that nobody has `data` open for writing, and keeps it so as long as the file is open.
+///
+/// A child that a threaded program starts has copies of its descriptors until it executes its own program: such a writer
+/// is given a moment to go.
+fn prove_unwritable(data: &dyn File, name: &str, grace: Duration) -> Result<Proof> {
+    let deadline = Instant::now() + grace;
+    loop {
+        let lease = data.take_lease();
+        match lease.context(|| format!("cannot ask who writes to {name}"))? {
+            Lease::Granted => return Ok(Proof::Lease),
+            Lease::Unknown => return Ok(Proof::None),
+            Lease::Busy if Instant::now() < deadline => std::thread::sleep(grace / 100),
+            Lease::Busy => return Err(still_open(name)),
+        }
     }
 }
 
