@@ -9,18 +9,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pcow_format::HandedBack;
+use pcow_format::root::Proof;
 use pcow_protocol::codec::{Connection as Codec, Received};
 use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::{
-    FEATURE_BOUNCE, FEATURE_QUIESCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT, REGION_DAX,
-    REGION_LOCK, REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
+    FEATURE_BOUNCE, FEATURE_QUIESCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT,
+    REGION_DAX, REGION_LOCK, REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
 
 use crate::control::events::{Event, Events};
-use crate::disk::Disk;
+use crate::disk::{Continuation, Disk};
 use crate::endpoint::peer_process;
 use crate::occupancy::Occupancy;
 use crate::service::{Budgets, FaultService, Handle, Peer};
@@ -86,9 +87,9 @@ impl Offer {
             log::warn!("a frontend was refused: its memory is of another image");
             return Status::from_errno(libc::ESTALE);
         }
-        if !self.disk.continues(held.layer) {
-            log::warn!("a frontend was refused: the image has changed since its backend ended");
-            return Status::from_errno(libc::ESTALE);
+        // Before its lock is taken: a frontend that is refused leaves nothing here.
+        if let Err(status) = self.check_continuation(held.layer) {
+            return status;
         }
         let refused = match self.disk.hand_back(kept) {
             Ok(Some(HandedBack::Taken)) => {
@@ -105,6 +106,32 @@ impl Offer {
         };
         log::warn!("a frontend was refused: {}", refused.1);
         Status::from_errno(refused.0)
+    }
+
+    /// Whether a frontend that last knew `layer` as the active one can go on.
+    fn check_continuation(&self, layer: [u8; 16]) -> std::result::Result<(), Status> {
+        let (errno, why) = match self.disk.continuation(layer) {
+            Ok(Continuation::Same) => return Ok(()),
+            Ok(Continuation::Sealed(proof)) => {
+                if proof == Proof::None {
+                    log::warn!(
+                        "leases do not work here: that nobody writes to the layer sealed last is not proved"
+                    );
+                }
+                log::info!(
+                    "the layer that a frontend knows was sealed before its backend could say so"
+                );
+                return Ok(());
+            }
+            Ok(Continuation::Changed) => (
+                libc::ESTALE,
+                "the image has changed since its backend ended".to_owned(),
+            ),
+            Err(e) if e.kind() == pcow_format::ErrorKind::Locked => (libc::EBUSY, chain(&e)),
+            Err(e) => (libc::EIO, chain(&e)),
+        };
+        log::warn!("a frontend was refused: {why}");
+        Err(Status::from_errno(errno))
     }
 
     /// Gives back what the attached frontend, if there is one, has only read. Its session does not end meanwhile.
@@ -146,6 +173,8 @@ struct Connection<'a> {
     codec: Codec<FrontendRequest>,
     session: BackendSession,
     channel: Option<UnixStream>,
+    /// The layer that the frontend was told is the active one.
+    told_layer: Option<[u8; 16]>,
     service: Option<FaultService>,
 }
 
@@ -156,6 +185,7 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         codec: Codec::new(stream),
         session: BackendSession::new(offer.disk.size()),
         channel: None,
+        told_layer: None,
         service: None,
     };
     let mut end = connection.run();
@@ -228,6 +258,7 @@ impl Connection<'_> {
             BackendAction::Reply(reply) => self.reply(&reply),
             BackendAction::ReplyRegion => {
                 let (region, fds) = self.offer.region();
+                self.told_layer = Some(region.layer);
                 let reply = FrontendReply::Region(region);
                 self.codec.send(&reply.encode(), &fds)
             }
@@ -272,6 +303,13 @@ impl Connection<'_> {
         if !self.offer.place.take() {
             log::warn!("a second frontend was refused: one is attached already");
             return Status::from_errno(libc::EBUSY);
+        }
+        // Now that it has the place, no snapshot is taken without it.
+        let (_, layer) = self.offer.disk.identity();
+        if self.told_layer.is_some_and(|told| told != layer) {
+            log::info!("a frontend has to ask again: a snapshot was taken while it came");
+            self.offer.place.free();
+            return Status::from_errno(libc::EAGAIN);
         }
         match self.start(uffd, fault_fd) {
             Ok(service) => {

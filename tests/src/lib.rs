@@ -6,6 +6,7 @@ pub mod backend;
 pub mod causal;
 pub mod files;
 pub mod guest;
+pub mod handshake;
 pub mod loop_mount;
 pub mod memory;
 #[cfg(target_arch = "x86_64")]

@@ -3,13 +3,12 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use pcow_format::Stored;
 use pcow_protocol::ErrorKind;
 use pcow_protocol::codec::Connection;
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
@@ -17,10 +16,9 @@ use pcow_protocol::message::{
     BackendReply, BackendRequest, FrontendReply, FrontendRequest, Status,
 };
 use pcow_protocol::uffd::{CopyMode, Event, EventBuffer, Uffd};
-use pcow_protocol::wire::{
-    FEATURE_PROTOCOL_FEATURES, FEATURE_RESET, FaultFd, FrontendCode, Held, NEEDED_FEATURES,
-};
+use pcow_protocol::wire::{FEATURE_PROTOCOL_FEATURES, FaultFd};
 use pcow_tests::backend::Backend;
+use pcow_tests::handshake::Steps;
 use pcow_tests::memory::Memory;
 use pcow_tests::proc::descriptor_count;
 use pcow_tests::random::Random;
@@ -65,6 +63,10 @@ impl Host {
         let stream = UnixStream::connect(self.backend.socket()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream
+    }
+
+    fn steps(&self) -> Steps {
+        Steps::new(self.backend.socket())
     }
 
     /// The backend lives, has lost no descriptor, and serves the next frontend.
@@ -154,69 +156,27 @@ fn half_a_message_waits_and_harms_nobody_when_its_sender_goes() {
         let mut stream = host.connect();
         stream.write_all(&message[..cut]).unwrap();
         drop(stream);
+        // One after the other: there are places for a few connections only.
+        wait_until("the backend notices", PATIENCE, || {
+            let log = host.backend.log();
+            let ended = log.iter().filter(|l| l.contains("ended inside a message"));
+            ended.count() == cut
+        });
     }
     host.assert_unharmed("half messages");
-}
-
-/// A frontend that goes through the handshake step by step.
-struct Steps {
-    main: Connection<FrontendReply>,
-    channel: Option<UnixStream>,
-}
-
-impl Steps {
-    fn new(host: &Host) -> Self {
-        Self {
-            main: Connection::new(host.connect()),
-            channel: None,
-        }
-    }
-
-    fn ask(&mut self, request: &FrontendRequest, fds: &[BorrowedFd<'_>]) -> FrontendReply {
-        self.main.send(&request.encode(true), fds).unwrap();
-        self.main.recv().unwrap().message
-    }
-
-    /// Takes the first `steps` of the five steps that come before SET_FAULT_FD.
-    fn take(&mut self, steps: usize) {
-        let requests = [
-            FrontendRequest::GetFeatures,
-            FrontendRequest::SetFeatures(FEATURE_PROTOCOL_FEATURES),
-            FrontendRequest::GetProtocolFeatures,
-            FrontendRequest::SetProtocolFeatures(NEEDED_FEATURES | FEATURE_RESET),
-            FrontendRequest::GetRegion,
-        ];
-        for request in &requests[..steps.min(5)] {
-            self.ask(request, &[]);
-        }
-        if steps > 5 {
-            let (ours, theirs) = UnixStream::pair().unwrap();
-            self.ask(&FrontendRequest::SetBackendReqFd, &[theirs.as_fd()]);
-            self.channel = Some(ours);
-        }
-    }
-
-    fn fault_fd(base: u64) -> FrontendRequest {
-        FrontendRequest::SetFaultFd(FaultFd {
-            base,
-            size: SIZE,
-            mapping_limit: 1000,
-            reserved: 0,
-        })
-    }
 }
 
 #[test]
 fn a_frontend_may_die_after_any_message_of_the_handshake() {
     let host = Host::new();
     for steps in 0..=6 {
-        Steps::new(&host).take(steps);
+        host.steps().take(steps);
         host.assert_unharmed(&format!("the end after {steps} steps"));
     }
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(6);
     let uffd = Uffd::create(None).unwrap();
-    let attach = Steps::fault_fd(1 << 40).encode(true);
+    let attach = Steps::fault_fd(1 << 40, SIZE).encode(true);
     steps.main.send(&attach, &[uffd.as_fd()]).unwrap();
     drop(steps);
     host.assert_unharmed("the end while SET_FAULT_FD is unanswered");
@@ -233,7 +193,7 @@ fn descriptors_that_do_not_belong_are_closed_and_end_the_connection() {
         .collect();
     let fds: Vec<_> = pipes.iter().map(AsFd::as_fd).collect();
     for count in [1, 8, 9, 10] {
-        let steps = Steps::new(&host);
+        let steps = host.steps();
         let sent = steps
             .main
             .send(&FrontendRequest::GetFeatures.encode(true), &fds[..count]);
@@ -241,7 +201,7 @@ fn descriptors_that_do_not_belong_are_closed_and_end_the_connection() {
         assert_closed(steps.main.stream(), &format!("{count} descriptors"));
         host.assert_unharmed(&format!("{count} descriptors"));
     }
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(5);
     steps
         .main
@@ -252,59 +212,19 @@ fn descriptors_that_do_not_belong_are_closed_and_end_the_connection() {
 }
 
 #[test]
-fn a_lock_that_nobody_has_kept_is_refused_and_the_next_frontend_served() {
-    let host = Host::new();
-    let stored = Stored::open(&host.image, &[]).unwrap();
-    let held = Held {
-        image: stored.root().uuid.into_bytes(),
-        layer: stored.root().active.into_bytes(),
-        ..Held::default()
-    };
-    let [image, layer] = [[1; 16]; 2];
-    let other_image = Held { image, ..held };
-    let other_layer = Held { layer, ..held };
-    let open = |write| {
-        let mut options = std::fs::File::options();
-        let lock = options
-            .read(true)
-            .write(write)
-            .open(host.image.join("lock"));
-        OwnedFd::from(lock.unwrap())
-    };
-    let (pipe, _end) = rustix::pipe::pipe().unwrap();
-    for (what, held, fd, errno) in [
-        ("of another image", other_image, open(true), libc::ESTALE),
-        ("of another layer", other_layer, open(true), libc::ESTALE),
-        ("that is a pipe", held, pipe, libc::ESTALE),
-        ("that locks nothing", held, open(false), libc::EINVAL),
-        ("of another description", held, open(true), libc::EBUSY),
-    ] {
-        let mut steps = Steps::new(&host);
-        steps.take(5);
-        let reply = steps.ask(&FrontendRequest::HandBack(held), &[fd.as_fd()]);
-        let wanted = FrontendReply::Status(FrontendCode::HandBack, Status::from_errno(errno));
-        assert_eq!(reply, wanted, "a lock {what}");
-        let again = FrontendRequest::HandBack(held).encode(true);
-        steps.main.send(&again, &[fd.as_fd()]).unwrap();
-        assert_closed(steps.main.stream(), "a second lock");
-        host.assert_unharmed(&format!("a lock {what}"));
-    }
-}
-
-#[test]
 fn a_descriptor_of_the_wrong_kind_is_refused() {
     let host = Host::new();
     let (pipe, _end) = rustix::pipe::pipe().unwrap();
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(6);
-    let reply = steps.ask(&Steps::fault_fd(1 << 40), &[pipe.as_fd()]);
+    let reply = steps.ask(&Steps::fault_fd(1 << 40, SIZE), &[pipe.as_fd()]);
     assert!(
         matches!(reply, FrontendReply::Status(_, s) if s != Status::OK),
         "{reply:?}"
     );
     drop(steps);
     host.assert_unharmed("a pipe in place of a userfaultfd");
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(5);
     steps
         .main
@@ -315,9 +235,10 @@ fn a_descriptor_of_the_wrong_kind_is_refused() {
         .unwrap();
     let _ = steps.main.recv();
     let uffd = Uffd::create(None).unwrap();
-    let _ = steps
-        .main
-        .send(&Steps::fault_fd(1 << 40).encode(true), &[uffd.as_fd()]);
+    let _ = steps.main.send(
+        &Steps::fault_fd(1 << 40, SIZE).encode(true),
+        &[uffd.as_fd()],
+    );
     let answer = steps.main.recv();
     let refused = |a: &FrontendReply| matches!(a, FrontendReply::Status(_, s) if *s != Status::OK);
     assert!(
@@ -357,7 +278,7 @@ fn fields_out_of_their_range_end_the_connection() {
         },
     ];
     for case in cases {
-        let mut steps = Steps::new(&host);
+        let mut steps = host.steps();
         steps.take(6);
         let uffd = Uffd::create(None).unwrap();
         let request = FrontendRequest::SetFaultFd(case).encode(true);
@@ -370,10 +291,10 @@ fn fields_out_of_their_range_end_the_connection() {
 #[test]
 fn a_frontend_that_does_not_serve_its_channel_is_given_up() {
     let host = Host::new();
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(6);
     let uffd = Uffd::create(None).unwrap();
-    let reply = steps.ask(&Steps::fault_fd(1 << 40), &[uffd.as_fd()]);
+    let reply = steps.ask(&Steps::fault_fd(1 << 40, SIZE), &[uffd.as_fd()]);
     assert!(
         matches!(reply, FrontendReply::Status(_, s) if s != Status::OK),
         "{reply:?}"
@@ -400,10 +321,10 @@ fn wrong_answers_on_the_backend_channel_end_the_session() {
         },
     ];
     for (i, answer) in answers.iter().enumerate() {
-        let mut steps = Steps::new(&host);
+        let mut steps = host.steps();
         steps.take(6);
         let uffd = Uffd::create(None).unwrap();
-        let attach = Steps::fault_fd(1 << 40).encode(true);
+        let attach = Steps::fault_fd(1 << 40, SIZE).encode(true);
         steps.main.send(&attach, &[uffd.as_fd()]).unwrap();
         let mut channel: Connection<BackendRequest> =
             Connection::new(steps.channel.take().unwrap());
@@ -467,9 +388,9 @@ impl Trap {
 fn a_fault_that_a_session_has_read_and_not_answered_is_raised_again_when_it_ends() {
     let host = Host::new();
     let trap = Trap::new();
-    let mut steps = Steps::new(&host);
+    let mut steps = host.steps();
     steps.take(6);
-    let attach = Steps::fault_fd(trap.base).encode(true);
+    let attach = Steps::fault_fd(trap.base, SIZE).encode(true);
     steps.main.send(&attach, &[trap.uffd.as_fd()]).unwrap();
     let mut channel: Connection<BackendRequest> = Connection::new(steps.channel.take().unwrap());
     let code = channel.recv().unwrap().message.code();

@@ -37,6 +37,8 @@ pub enum Failed {
     Frontend(pcow_protocol::Error),
     /// A frontend comes or goes.
     Unsettled,
+    /// One whose backend has ended has not come back, and may store into what it has mapped.
+    Kept,
 }
 
 impl fmt::Display for Failed {
@@ -48,6 +50,9 @@ impl fmt::Display for Failed {
             }
             Self::Frontend(e) => write!(f, "cannot {}", chain(e)),
             Self::Unsettled => f.write_str("a frontend is coming or going; try again"),
+            Self::Kept => f.write_str(
+                "a virtual machine whose backend has ended has the image, and has not come back; try again when it has, or has ended",
+            ),
         }
     }
 }
@@ -134,6 +139,9 @@ fn quiet(offer: &Offer, deadline: Instant) -> Result<Quiet<'_>, Failed> {
     let session = offer.session().clone();
     if let Some(cut) = session.cut(deadline).map_err(Failed::Frontend)? {
         return Ok(Quiet::Cut(Box::new(cut)));
+    }
+    if offer.disk.lock().is_none() {
+        return Err(Failed::Kept);
     }
     if offer.place.reserve() {
         return Ok(Quiet::Empty(Reserved(offer)));

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use pcow_format::medium::File;
+use pcow_format::root::Proof;
 use pcow_format::{HandedBack, Result};
 
 pub use read_only::ReadOnlyDisk;
@@ -52,6 +53,17 @@ pub enum Answer {
     Copy(Range<u64>),
 }
 
+/// What has become of a disk since a frontend knew it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Continuation {
+    /// It goes on in the same layer.
+    Same,
+    /// It goes on above that layer, which was sealed since; how it was made sure now that nobody writes to that any more.
+    Sealed(Proof),
+    /// It shows something else.
+    Changed,
+}
+
 /// Scratch memory of one resolving thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -75,8 +87,11 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     fn identity(&self) -> ([u8; 16], [u8; 16]);
     /// The lock that a frontend shares; `None` while a frontend of an earlier backend keeps it.
     fn lock(&self) -> Option<&std::fs::File>;
-    /// Whether a frontend that last knew `layer` as the active one sees the same bytes now.
-    fn continues(&self, layer: [u8; 16]) -> bool;
+    /// What the disk is to a frontend that last knew `layer` as the active one.
+    ///
+    /// # Errors
+    /// `Locked` if somebody may still write to that layer, which is sealed by now; `Io`.
+    fn continuation(&self, layer: [u8; 16]) -> Result<Continuation>;
     /// Takes the lock that a frontend has kept; `None` if this disk has none that is kept.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use pcow_format::chain::{Chain, Owner};
 use pcow_format::medium::{Domain, File};
 use pcow_format::{Error, ErrorKind, HandedBack, ImageLock, Result, Stored};
 
-use super::{Access, Answer, Disk, FileKey, Scratch};
+use super::{Access, Answer, Continuation, Disk, FileKey, Scratch};
 use crate::service::board::Claim;
 
 const UNIT_BYTES: u64 = 64 << 10;
@@ -91,8 +91,12 @@ impl Disk for ReadOnlyDisk {
         self.lock.as_ref().and_then(ImageLock::in_use)
     }
 
-    fn continues(&self, layer: [u8; 16]) -> bool {
-        self.identity.1 == layer
+    fn continuation(&self, layer: [u8; 16]) -> Result<Continuation> {
+        Ok(if self.identity.1 == layer {
+            Continuation::Same
+        } else {
+            Continuation::Changed
+        })
     }
 
     fn hand_back(&self, _: OwnedFd) -> Result<Option<HandedBack>> {

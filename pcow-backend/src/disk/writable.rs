@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pcow_format::medium::{Domain, File};
 use pcow_format::ops::{Checksum, Deleted, Prepared};
-use pcow_format::root::{Kind, Layer, Proof, Root};
+use pcow_format::root::{Proof, Root};
 use pcow_format::{
     Cluster, ClusterRange, ClusterSize, Error, ErrorKind, HandedBack, Image, ImageLock, Result,
     Source,
@@ -16,7 +16,7 @@ use pcow_format::{
 use uuid::Uuid;
 
 use super::maybe_clean::MaybeClean;
-use super::{Access, Answer, Disk, FileKey, Scratch};
+use super::{Access, Answer, Continuation, Disk, FileKey, Scratch};
 use crate::service::board::Claim;
 
 /// Read copies are made in pieces of this size, or of a cluster if that is smaller.
@@ -283,18 +283,19 @@ impl Disk for WritableDisk {
         self.lock.as_deref().and_then(ImageLock::in_use)
     }
 
-    fn continues(&self, layer: [u8; 16]) -> bool {
+    fn continuation(&self, layer: [u8; 16]) -> Result<Continuation> {
         let image = self.image();
-        let root = image.root();
         let layer = Uuid::from_bytes(layer);
-        // The parent: the backend before this one has sealed it, and died before it could tell. Whatever else changes the
-        // tree needs the lock that the frontend has kept.
-        let sealed = |l: &Layer| l.uuid == layer && l.sealed && l.kind == Kind::Own;
-        layer == root.active
-            || root
-                .layer(root.active)
-                .and_then(|active| root.layer(active.parent?))
-                .is_some_and(sealed)
+        if layer == image.root().active {
+            return Ok(Continuation::Same);
+        }
+        // The backend before this one has sealed it, and died before it could tell. Whatever else changes the tree needs the
+        // lock that the frontend has kept. This process has not seen that nothing of the layer is mapped.
+        let sealed = image.root().sealed_last().filter(|l| l.uuid == layer);
+        match sealed {
+            Some(_) => image.prove_sealed(layer).map(Continuation::Sealed),
+            None => Ok(Continuation::Changed),
+        }
     }
 
     fn hand_back(&self, kept: OwnedFd) -> Result<Option<HandedBack>> {
