@@ -111,6 +111,11 @@ impl Active {
         Ok(())
     }
 
+    /// Whether the filesystem is nearly full. One that does not tell is not.
+    pub fn is_low_on_space(&self) -> bool {
+        self.data.is_low_on_space().unwrap_or(false)
+    }
+
     /// Gives all words storage, so that no later change of one can meet a full filesystem.
     ///
     /// # Errors

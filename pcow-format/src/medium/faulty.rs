@@ -292,6 +292,11 @@ impl File for FaultyFile {
         self.inner.leave_room(range)
     }
 
+    fn is_low_on_space(&self) -> io::Result<bool> {
+        self.faults.check("look at the space left", None)?;
+        self.inner.is_low_on_space()
+    }
+
     fn reserve(&self, site: Site, range: Range<u64>) -> io::Result<()> {
         self.faults.check("reserve", Some(site))?;
         self.inner.reserve(site, range)

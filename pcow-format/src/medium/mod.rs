@@ -132,6 +132,8 @@ pub trait File: Debug + Send + Sync {
     fn set_len(&self, site: Site, len: u64) -> io::Result<()>;
     /// Fails if storage for the range would take the filesystem's last blocks, which stores of a guest may need.
     fn leave_room(&self, range: &Range<u64>) -> io::Result<()>;
+    /// Whether the filesystem has little more left than those last blocks.
+    fn is_low_on_space(&self) -> io::Result<bool>;
     /// Gives every byte of the range storage of its own, so that no later store can meet a full filesystem. Content stays.
     fn reserve(&self, site: Site, range: Range<u64>) -> io::Result<()>;
     /// As [`File::reserve`], and the range reads zero afterwards, whatever it held.

@@ -28,6 +28,9 @@ use crate::units::{bytes, len};
 const MIN_RESERVE_BYTES: u64 = 1 << 20;
 /// Most free space that is left, however large the filesystem is.
 const MAX_RESERVE_BYTES: u64 = 64 << 20;
+/// Space is low when no more than so many reserves are left: a guest that is stopped then has most of that for what it
+/// still touches until it has stopped.
+const LOW_WATER_RESERVES: u64 = 4;
 
 /// Most bytes that the kernel is asked to copy in one call, so that a signal is heard in between.
 const COPY_STEP_BYTES: u64 = 64 << 20;
@@ -172,6 +175,14 @@ impl Directory for RealDirectory {
     }
 }
 
+/// Space of a filesystem, in bytes.
+struct Room {
+    /// What is not taken.
+    reserve: u64,
+    /// What is left, the reserve included.
+    free: u64,
+}
+
 /// A regular file of a mounted filesystem.
 #[derive(Debug)]
 pub struct RealFile {
@@ -225,6 +236,16 @@ impl RealFile {
             return Err(io::Error::other("not a regular file"));
         }
         Ok(Arc::new(Self::new(file)))
+    }
+
+    /// What is left of the filesystem. `None` for one that tells no size (an unlimited tmpfs): that has no last block.
+    fn room(&self) -> io::Result<Option<Room>> {
+        let fs = rustix::fs::fstatvfs(&self.file)?;
+        let size = fs.f_blocks.saturating_mul(fs.f_frsize);
+        Ok((size > 0).then(|| Room {
+            reserve: (size / 128).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES),
+            free: fs.f_bavail.saturating_mul(fs.f_frsize),
+        }))
     }
 
     fn words(&self) -> io::Result<&dax::SyncMapping> {
@@ -343,12 +364,10 @@ impl File for RealFile {
     /// A range that holds something may already have all its blocks, and must not wait for space that it does not need:
     /// half of the reserve is for such.
     fn leave_room(&self, range: &Range<u64>) -> io::Result<()> {
-        let fs = rustix::fs::fstatvfs(&self.file)?;
-        let size = fs.f_blocks.saturating_mul(fs.f_frsize);
-        let reserve = (size / 128).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES);
-        let free = fs.f_bavail.saturating_mul(fs.f_frsize);
-        // A filesystem that tells no size (an unlimited tmpfs) has no last block.
-        if size == 0 || free >= reserve.saturating_add(range.end - range.start) {
+        let Some(Room { reserve, free }) = self.room()? else {
+            return Ok(());
+        };
+        if free >= reserve.saturating_add(range.end - range.start) {
             return Ok(());
         }
         let is_hole = self
@@ -358,6 +377,11 @@ impl File for RealFile {
             return Err(Errno::NOSPC.into());
         }
         Ok(())
+    }
+
+    fn is_low_on_space(&self) -> io::Result<bool> {
+        let room = self.room()?;
+        Ok(room.is_some_and(|room| room.free < room.reserve * LOW_WATER_RESERVES))
     }
 
     fn reserve(&self, _: Site, range: Range<u64>) -> io::Result<()> {

@@ -133,6 +133,10 @@ impl File for SimFile {
         Ok(())
     }
 
+    fn is_low_on_space(&self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
         Ok(self.sim.lock().state.file(self.inode).next_data(from))
     }
