@@ -7,11 +7,13 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::StopReason;
 use super::attach::Notifier;
 use super::bounce::Bounces;
 use super::kept::Kept;
@@ -70,6 +72,8 @@ pub(super) struct Surface {
     pub kept: Arc<Kept>,
     pub moves: MoveGuard,
     pub bounces: Arc<Bounces>,
+    /// Where a STOP goes; without it the feature is not offered.
+    pub stop: Option<Sender<StopReason>>,
     pub counters: Arc<Counters>,
 }
 
@@ -135,6 +139,16 @@ impl Surface {
         };
         counter.fetch_add(1, Ordering::Relaxed);
         opened
+    }
+
+    /// STOP. Sending never waits (F6).
+    fn stop_machine(&self, reason: StopReason) {
+        log::warn!("the backend wants the virtual machine stopped: {reason:?}");
+        if let Some(stop) = &self.stop
+            && stop.send(reason).is_err()
+        {
+            log::warn!("nobody listens to that");
+        }
     }
 
     /// Makes the range trap again, or leaves it as it was.
@@ -292,8 +306,10 @@ impl Mapper {
                 gate.release(id);
                 Ok(())
             }
-            // Not offered by this frontend.
-            MappingAction::Stop(_) => Err(Errno::OPNOTSUPP),
+            MappingAction::Stop(reason) => {
+                surface.stop_machine(reason.into());
+                Ok(())
+            }
         };
         done.map_err(|errno| Refusal::Status(Status::from_errno(errno.raw_os_error())))
     }

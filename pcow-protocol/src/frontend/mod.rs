@@ -31,6 +31,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -66,6 +67,9 @@ pub struct FrontendOptions {
     /// Whether the backend may hold device I/O for the moment of a snapshot. Default: yes. A virtual machine monitor that
     /// hands addresses of the region to system calls must wrap those in [`Bounces::begin_io`], or switch it off.
     pub quiesce: bool,
+    /// Where it is told that the backend wants the virtual machine stopped, as by a disk with `werror=stop`; its user may
+    /// continue it. Default: nowhere, and the backend knows that it cannot ask.
+    pub stop: Option<Sender<StopReason>>,
     /// Whether to look for another backend when a session ends, at the path that was given to [`Frontend::connect`].
     /// Default: yes.
     pub reconnect: bool,
@@ -78,7 +82,26 @@ impl Default for FrontendOptions {
             mapping_limit: None,
             bounce: true,
             quiesce: true,
+            stop: None,
             reconnect: true,
+        }
+    }
+}
+
+/// Why a backend wants the virtual machine stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// There is no space left for what the guest stores.
+    NoSpace,
+    /// One that this version does not know: the machine is stopped all the same.
+    Other(u32),
+}
+
+impl From<u32> for StopReason {
+    fn from(reason: u32) -> Self {
+        match reason {
+            wire::STOP_NO_SPACE => Self::NoSpace,
+            other => Self::Other(other),
         }
     }
 }
@@ -135,6 +158,7 @@ impl Frontend {
             kept,
             moves: watch.guard(),
             bounces,
+            stop: options.stop.clone(),
             counters: Arc::default(),
         };
         let session = Session::open(main, surface.clone(), &offered, mapping_limit, deadline)?;
@@ -226,6 +250,9 @@ fn wanted_features(options: &FrontendOptions) -> u64 {
     }
     if options.quiesce {
         features |= wire::FEATURE_QUIESCE;
+    }
+    if options.stop.is_some() {
+        features |= wire::FEATURE_STOP;
     }
     features
 }

@@ -345,6 +345,15 @@ fn send_region(main: &Connection<FrontendRequest>, region: Region, fds: &[OwnedF
 
 /// A frontend and its backend, with these files in the slots from 0 on, all writable.
 pub fn attach(region: Region, files: &[&File]) -> (Frontend, Backend) {
+    attach_with(region, files, &FrontendOptions::default())
+}
+
+/// As [`attach`], with these options.
+pub fn attach_with(
+    region: Region,
+    files: &[&File],
+    options: &FrontendOptions,
+) -> (Frontend, Backend) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let files: Vec<File> = files.iter().map(|file| file.try_clone().unwrap()).collect();
     let backend = thread::spawn(move || {
@@ -355,7 +364,7 @@ pub fn attach(region: Region, files: &[&File]) -> (Frontend, Backend) {
         backend.answer_attach(Status::OK);
         backend
     });
-    let frontend = Frontend::from_stream(ours, &FrontendOptions::default()).unwrap();
+    let frontend = Frontend::from_stream(ours, options).unwrap();
     (frontend, backend.join().unwrap())
 }
 

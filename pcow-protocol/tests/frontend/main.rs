@@ -11,3 +11,4 @@ mod mapping;
 mod process;
 mod quiesce;
 mod reattach;
+mod stop;
