@@ -72,6 +72,11 @@ pub struct Cli {
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub flush_interval: u64,
 
+    /// Have the virtual machine stopped when the filesystem is nearly full, before a store has to wait for space. Free some,
+    /// then continue the machine.
+    #[arg(long, conflicts_with = "read_only")]
+    pub stop_on_low_space: bool,
+
     /// A directory below which base files outside of the image may lie, besides the one that holds the image.
     #[arg(long, value_name = "DIR")]
     pub base_dir: Vec<PathBuf>,

@@ -15,7 +15,7 @@ use pcow_protocol::message::{FrontendReply, FrontendRequest, Status};
 use pcow_protocol::session::{BackendAction, BackendSession};
 use pcow_protocol::uffd::Uffd;
 use pcow_protocol::wire::{
-    FEATURE_BOUNCE, FEATURE_QUIESCE, FaultFd, FrontendCode, Held, REGION_ALIGNMENT,
+    FEATURE_BOUNCE, FEATURE_QUIESCE, FEATURE_STOP, FaultFd, FrontendCode, Held, REGION_ALIGNMENT,
     REGION_DAX, REGION_LOCK, REGION_READ_ONLY, REGION_UFFD_DEVICE, Region,
 };
 use pcow_protocol::{Error, ErrorKind, Result};
@@ -348,6 +348,7 @@ impl Connection<'_> {
             fault_fd,
             bounce: self.session.has(FEATURE_BOUNCE),
             quiesce: self.session.has(FEATURE_QUIESCE),
+            stop: self.session.has(FEATURE_STOP),
             process: peer_process(self.codec.stream()),
         };
         let disk = Arc::clone(&self.offer.disk);

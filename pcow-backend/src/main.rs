@@ -96,6 +96,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         budgets: Budgets {
             cache_bytes: cli.cache_size,
             mappings: cli.max_mappings,
+            stop_on_low_space: cli.stop_on_low_space,
         },
         uffd_device: open_uffd_device(),
         place: Occupancy::default(),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! QEMU's monitor protocol, as far as tests need it. Events are passed over.
+//! QEMU's monitor protocol, as far as tests need it.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -15,6 +16,8 @@ use crate::waiting::wait_until;
 pub struct Qmp {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
+    /// Events that nobody has waited for yet.
+    events: VecDeque<Value>,
 }
 
 impl Qmp {
@@ -29,7 +32,11 @@ impl Qmp {
         let stream = connected.unwrap();
         stream.set_read_timeout(Some(patience)).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
-        let mut qmp = Self { stream, lines };
+        let mut qmp = Self {
+            stream,
+            lines,
+            events: VecDeque::new(),
+        };
         assert!(qmp.receive().get("QMP").is_some());
         qmp.command("qmp_capabilities");
         qmp
@@ -54,6 +61,18 @@ impl Qmp {
             }
             if answer.get("return").is_some() {
                 return Ok(answer["return"].take());
+            }
+            self.events.push_back(answer);
+        }
+    }
+
+    /// Waits for the next event called `name` and returns its data. Others are passed over.
+    pub fn wait_for_event(&mut self, name: &str) -> Value {
+        loop {
+            let next = self.events.pop_front();
+            let mut event = next.unwrap_or_else(|| self.receive());
+            if event["event"] == name {
+                return event["data"].take();
             }
         }
     }

@@ -7,10 +7,12 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use pcow_format::Image;
-use pcow_protocol::frontend::{Frontend, FrontendOptions};
+use pcow_protocol::control::Client;
+use pcow_protocol::frontend::{Frontend, FrontendOptions, StopReason};
 use pcow_tests::backend::Backend;
 use pcow_tests::loop_mount::LoopMount;
 use pcow_tests::memory::Memory;
@@ -100,6 +102,66 @@ fn waits_and_goes_on(
         assert_eq!(u64::from_le_bytes(word), cluster + 1, "cluster {cluster}");
     }
     assert!(mount.path().exists());
+}
+
+/// With the option the machine is stopped while there is still space: nothing that could keep it from stopping waits yet.
+#[test]
+fn a_guest_on_a_filesystem_that_is_nearly_full_is_stopped_before_a_store_has_to_wait() {
+    let mount = LoopMount::ext4(400);
+    let images = Scratch::below(&mount.path());
+    let image = images.image("image", SIZE, CLUSTER);
+    let backend = Backend::start(&image, &["--stop-on-low-space"]);
+    let mut operator = Client::connect(&image, None).unwrap().unwrap();
+    let (stop, stops) = channel();
+    let options = FrontendOptions {
+        stop: Some(stop),
+        ..FrontendOptions::default()
+    };
+    let frontend = Frontend::connect(backend.socket(), &options).unwrap();
+    let memory = Memory::new(frontend.region());
+    let mut clusters = 0..SIZE / CLUSTER;
+    for round in 1..3 {
+        let ballast = mount.fill_up_to("ballast", 32 * MIB);
+        // The machine stops between two of its stores. If it is not told to, one of them waits for ever.
+        let told = clusters.by_ref().find_map(|cluster| {
+            memory.store(cluster * CLUSTER + 8, cluster + 1);
+            stops.try_recv().ok()
+        });
+        assert_eq!(told, Some(StopReason::NoSpace), "round {round}");
+        wait_until("an operator hears it", PATIENCE, || {
+            let event = operator.next_event(PATIENCE).unwrap();
+            event.is_some_and(|event| event.name == "SPACE_LOW")
+        });
+        // Its user continues it all the same: it goes on to the end of the space, and is not told again.
+        for cluster in clusters.by_ref().take(8) {
+            memory.store(cluster * CLUSTER + 8, cluster + 1);
+        }
+        assert!(stops.try_recv().is_err());
+        std::fs::remove_file(ballast).unwrap();
+        let cluster = clusters.next().unwrap();
+        memory.store(cluster * CLUSTER + 8, cluster + 1);
+    }
+    let log = backend.log().join("\n");
+    assert!(log.contains("the filesystem is nearly full"), "{log}");
+    assert!(!log.contains("the guest waits"), "{log}");
+    for cluster in 0..clusters.start {
+        assert_eq!(memory.load(cluster * CLUSTER + 8), cluster + 1);
+    }
+}
+
+#[test]
+fn a_frontend_that_cannot_be_stopped_is_told_apart_and_waits() {
+    let mount = LoopMount::ext4(192);
+    let images = Scratch::below(&mount.path());
+    let image = images.image("image", SIZE, CLUSTER);
+    let ballast = mount.fill_up_to("ballast", 16 * MIB);
+    let backend = Backend::start(&image, &["--stop-on-low-space"]);
+    let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
+    backend.wait_for_log("cannot stop its machine");
+    let writer = Writer::start(Memory::new(frontend.region()), 0..64 * MIB / CLUSTER);
+    backend.wait_for_log("the guest waits");
+    std::fs::remove_file(ballast).unwrap();
+    writer.thread.join().unwrap();
 }
 
 fn a_guest_that_fills_the_disk(mount: &LoopMount) {

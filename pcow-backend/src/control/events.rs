@@ -36,6 +36,8 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// The filesystem is nearly full, and the virtual machine was asked to stop.
+    SpaceLow,
     /// The guest waits: a touch of its cannot be served.
     GuestWaits {
         /// Whether for space.
@@ -64,6 +66,7 @@ impl Event {
                 json!({ "number": number, "name": name }),
             ),
             Self::SnapshotFailed { reason } => ("SNAPSHOT_FAILED", json!({ "reason": reason })),
+            Self::SpaceLow => ("SPACE_LOW", json!({})),
             Self::GuestWaits { no_space, reason } => {
                 let data = json!({ "no-space": no_space, "reason": reason });
                 ("NO_SPACE", data)

@@ -120,6 +120,8 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     fn file(&self, key: FileKey) -> Arc<dyn File>;
     /// How many bytes of that file may be mapped, a multiple of the page size.
     fn mappable_bytes(&self, key: FileKey) -> u64;
+    /// Whether the filesystem is nearly full, so that stores will have to wait soon.
+    fn is_low_on_space(&self) -> bool;
     /// Prepares storage ahead of the guest, for the clusters of `bytes` that need some. `claim` covers them.
     ///
     /// # Errors

@@ -99,6 +99,10 @@ impl Disk for ReadOnlyDisk {
         })
     }
 
+    fn is_low_on_space(&self) -> bool {
+        false
+    }
+
     fn hand_back(&self, _: OwnedFd) -> Result<Option<HandedBack>> {
         Ok(None)
     }

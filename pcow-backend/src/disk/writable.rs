@@ -341,6 +341,10 @@ impl Disk for WritableDisk {
         self.size()
     }
 
+    fn is_low_on_space(&self) -> bool {
+        self.image().active().is_low_on_space()
+    }
+
     fn prepare(&self, bytes: Range<u64>) -> Result<()> {
         let run = self.cluster_size().covering(&bytes);
         let mut start = run.start;

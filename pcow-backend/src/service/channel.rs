@@ -282,6 +282,14 @@ impl Channel {
         self.tell(&BackendRequest::Cancel(id))
     }
 
+    /// Has the virtual machine stopped. Waits for no answer.
+    ///
+    /// # Errors
+    /// The session is over.
+    pub fn stop_machine(&self, reason: u32) -> Result<()> {
+        self.tell(&BackendRequest::Stop(reason))
+    }
+
     /// Orders a moment of the page at `offset`.
     ///
     /// # Errors

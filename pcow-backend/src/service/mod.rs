@@ -15,6 +15,7 @@ mod channel;
 mod cut;
 mod handle;
 mod leader;
+mod low_space;
 mod mappings;
 mod origin;
 mod preparer;
@@ -41,6 +42,7 @@ pub use cut::Cut;
 use cut::Quiesces;
 pub use handle::{Figures, Handle};
 use leader::Leader;
+use low_space::LowSpace;
 use origin::Origins;
 use preparer::Preparer;
 use read_copies::ReadCopies;
@@ -59,6 +61,8 @@ pub struct Budgets {
     pub cache_bytes: u64,
     /// Mappings in the frontend's process, if less than it allows.
     pub mappings: Option<u32>,
+    /// Whether the virtual machine is stopped before the filesystem is full.
+    pub stop_on_low_space: bool,
 }
 
 /// How often things happened since the session began.
@@ -123,6 +127,7 @@ struct Shared {
     /// Whether it carries out RESET, QUIESCE, RESUME and CANCEL.
     may_quiesce: bool,
     quiesces: Quiesces,
+    low_space: LowSpace,
     origins: Mutex<Origins>,
     told: Once,
     counters: Counters,
@@ -187,6 +192,8 @@ pub struct Peer {
     pub bounce: bool,
     /// Whether it carries out RESET and QUIESCE.
     pub quiesce: bool,
+    /// Whether it carries out STOP.
+    pub stop: bool,
     /// The process that connected; 0 if it is in a namespace that is not visible from here.
     pub process: u32,
 }
@@ -220,6 +227,7 @@ impl FaultService {
             may_bounce: peer.bounce,
             may_quiesce: peer.quiesce,
             quiesces: Quiesces::default(),
+            low_space: LowSpace::new(budgets.stop_on_low_space, peer.stop),
             origins: Mutex::new(Origins::new(peer.process)),
             told: Once::new(),
             preparer: Preparer::new(Arc::clone(&board), Arc::clone(&disk)),

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pcow_protocol::uffd::{CopyMode, CopyOutcome};
+use pcow_protocol::wire::STOP_NO_SPACE;
 use pcow_protocol::{Error, ErrorKind, Result};
 
 use super::board::{Claim, Duty, Fault, Touch};
@@ -73,7 +74,8 @@ impl Resolver<'_> {
                         .maybe_clean
                         .fetch_add(bytes.end - bytes.start, Ordering::Relaxed);
                 }
-                self.map(&bytes, file, access)
+                self.map(&bytes, file, access)?;
+                self.look_at_space()
             }
             Ok(Answer::Copy(bytes)) => match self.fault.touch {
                 Touch::Unknown {
@@ -87,6 +89,19 @@ impl Resolver<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// After the answer, which need not wait for it.
+    fn look_at_space(&self) -> Result<()> {
+        let s = self.shared;
+        if !s.low_space.has_fallen(s.disk.as_ref()) {
+            return Ok(());
+        }
+        log::warn!(
+            "the filesystem is nearly full: the virtual machine is stopped; free space, then continue it"
+        );
+        s.events.tell(&Event::SpaceLow);
+        s.channel.stop_machine(STOP_NO_SPACE)
     }
 
     /// What the fault is served as. The first request of a worker's for a page is bounced; the second one is a store.

@@ -8,6 +8,7 @@
 mod clones;
 mod devices;
 mod flushes;
+mod full_disk;
 mod live_snapshots;
 mod monitor;
 mod reattach;
