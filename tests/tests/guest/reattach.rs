@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use pcow_tests::backend::Backend;
 use pcow_tests::guest::Guest;
@@ -94,6 +95,37 @@ echo gone
 read -r line
 ";
 
+/// A guest that will touch what nobody has touched before.
+struct Ready {
+    guest: Guest,
+    backend: Backend,
+    image: PathBuf,
+    _scratch: Scratch,
+}
+
+impl Ready {
+    fn new(object: &str) -> Self {
+        let scratch = Scratch::new();
+        let image = scratch.image("image", 256 * MIB, CLUSTER);
+        let backend = Backend::start(&image, NONE);
+        let machine = Qemu::new()
+            .chardev(backend.socket())
+            .args(&[
+                "-object",
+                &format!("memory-backend-pcow,id=pm,chardev=c0{object}"),
+            ])
+            .args(&["-device", "nvdimm,id=nv,memdev=pm"]);
+        let mut guest = Guest::boot(machine, TOUCH);
+        guest.wait_for("ready\n");
+        Self {
+            guest,
+            backend,
+            image,
+            _scratch: scratch,
+        }
+    }
+}
+
 /// A guest whose only vCPU waits for memory, because its backend was killed.
 struct Waiting {
     guest: Guest,
@@ -104,18 +136,12 @@ struct Waiting {
 
 impl Waiting {
     fn new(object: &str) -> Self {
-        let scratch = Scratch::new();
-        let image = scratch.image("image", 256 * MIB, CLUSTER);
-        let mut backend = Backend::start(&image, NONE);
-        let machine = Qemu::new()
-            .chardev(backend.socket())
-            .args(&[
-                "-object",
-                &format!("memory-backend-pcow,id=pm,chardev=c0{object}"),
-            ])
-            .args(&["-device", "nvdimm,id=nv,memdev=pm"]);
-        let mut guest = Guest::boot(machine, TOUCH);
-        guest.wait_for("ready\n");
+        let Ready {
+            mut guest,
+            mut backend,
+            image,
+            _scratch,
+        } = Ready::new(object);
         backend.kill();
         guest
             .qemu()
@@ -129,7 +155,7 @@ impl Waiting {
             guest,
             backend,
             image,
-            _scratch: scratch,
+            _scratch,
         }
     }
 
@@ -193,6 +219,64 @@ fn the_monitor_says_what_waits_and_refuses_what_cannot_be() {
         .unwrap_err();
     assert!(said.contains("in use"), "{said}");
     waiting.goes_on_with_a_backend();
+}
+
+/// The next event of the memory, and for how long there has been no backend and an access has waited, in ms.
+fn change(qmp: &mut Qmp) -> (String, u64, u64) {
+    let data = qmp.wait_for_event("MEMORY_BACKEND_PCOW_CHANGE");
+    assert_eq!(data["id"], "pm");
+    assert_eq!(data["qom-path"], "/objects/pm");
+    let ms = |name: &str| data[name].as_u64().unwrap();
+    let change = data["change"].as_str().unwrap().to_owned();
+    (change, ms("detached-ms"), ms("waiting-ms"))
+}
+
+#[test]
+fn events_and_properties_say_that_memory_waits_and_for_how_long() {
+    let mut ready = Ready::new("");
+    let mut qmp = ready.guest.qemu().qmp();
+    for (name, value) in [
+        ("attached", json!(true)),
+        ("attachments", json!(1)),
+        ("detached-ms", json!(0)),
+        ("waiting-ms", json!(0)),
+        ("last-error", json!("")),
+    ] {
+        assert_eq!(property(&mut qmp, name), value, "{name}");
+    }
+    let killed = Instant::now();
+    ready.backend.kill();
+    let (what, _, waiting) = change(&mut qmp);
+    assert_eq!((what.as_str(), waiting), ("detached", 0));
+    assert_eq!(property(&mut qmp, "waiting-ms"), json!(0), "nobody waits");
+    ready.guest.qemu().send_line("go");
+    assert_eq!(change(&mut qmp).0, "waiting");
+    // Both clocks run, at the pace of time.
+    let ms = |qmp: &mut Qmp, name: &str| property(qmp, name).as_u64().unwrap();
+    let (seen, began) = (ms(&mut qmp, "waiting-ms"), Instant::now());
+    wait_until("it waits for longer", PATIENCE, || {
+        ms(&mut qmp, "waiting-ms") > seen + 500
+    });
+    assert!(began.elapsed() >= Duration::from_millis(500));
+    let (detached, waiting) = (ms(&mut qmp, "detached-ms"), ms(&mut qmp, "waiting-ms"));
+    assert!(detached >= waiting - 1, "{detached} and {waiting} ms");
+    assert!(u128::from(waiting) <= killed.elapsed().as_millis());
+    ready.backend.restart(&ready.image, NONE);
+    let (what, late_detached, late_waiting) = change(&mut qmp);
+    assert_eq!(what, "attached");
+    assert!(late_detached >= detached && late_waiting >= waiting);
+    assert!(u128::from(late_detached) <= killed.elapsed().as_millis() + 1);
+    for (name, value) in [
+        ("attached", json!(true)),
+        ("attachments", json!(2)),
+        ("detached-ms", json!(0)),
+        ("waiting-ms", json!(0)),
+    ] {
+        assert_eq!(property(&mut qmp, name), value, "{name}");
+    }
+    ready.guest.wait_for("gone\n");
+    ready.guest.qemu().send_line("end");
+    ready.guest.finish();
 }
 
 #[test]
