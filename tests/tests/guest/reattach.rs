@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pcow_tests::backend::Backend;
+use pcow_tests::files::allocated_bytes;
 use pcow_tests::guest::Guest;
 use pcow_tests::pattern;
 use pcow_tests::qemu::{PATIENCE, Qemu};
@@ -27,8 +28,9 @@ fn kills() -> u64 {
     count.map_or(5, |count| count.parse().unwrap())
 }
 
-/// Writes and checks files on a DAX filesystem, round after round, and says so. The last 16 are checked again after the
-/// filesystem was mounted anew.
+/// Writes and checks files on a DAX filesystem, round after round, and says so. Each lies in memory that nobody has
+/// touched. The last 16 are checked again after the filesystem was
+/// mounted anew.
 fn filesystem_load(rounds: u64) -> String {
     format!(
         "
@@ -37,10 +39,8 @@ mkfs.ext4 -q -b 4096 /dev/pmem0
 mount -o dax /dev/pmem0 /mnt
 i=0
 while [ $i -lt {rounds} ]; do
-    file=/mnt/file$((i % 16))
-    rm -f $file
-    guest_io store $file 0 4M $i
-    guest_io verify $file 0 4M $i
+    guest_io store /mnt/file$i 0 8M $i
+    guest_io verify /mnt/file$i 0 8M $i
     echo round $i
     i=$((i + 1))
 done
@@ -48,7 +48,7 @@ umount /mnt
 mount -o dax /dev/pmem0 /mnt
 while [ $i -gt 0 ] && [ $i -gt $(({rounds} - 16)) ]; do
     i=$((i - 1))
-    guest_io verify /mnt/file$((i % 16)) 0 4M $i
+    guest_io verify /mnt/file$i 0 8M $i
 done
 umount /mnt
 "
@@ -58,28 +58,83 @@ umount /mnt
 #[test]
 fn a_filesystem_whose_backend_is_killed_over_and_over_keeps_every_byte() {
     let scratch = Scratch::new();
-    let image = scratch.image("image", 512 * MIB, CLUSTER);
+    let rounds = 2 * kills() + 1;
+    let size = (256 * MIB + rounds * 8 * MIB).next_multiple_of(128 * MIB);
+    let image = scratch.image("image", size, CLUSTER);
     let mut backend = Backend::start(&image, NONE);
-    let script = filesystem_load(2 * kills() + 1);
+    let script = filesystem_load(rounds);
     let mut guest = Guest::boot(Qemu::new().pcow(&backend), &script);
     for kill in 0..kills() {
         guest.wait_for(&format!("round {}\n", 2 * kill));
+        // In the midst of a file, so that it is missed at once.
+        let before = allocated_bytes(&image);
+        wait_until("the next file grows", PATIENCE, || {
+            allocated_bytes(&image) >= before + MIB
+        });
         backend.kill();
         backend.restart(&image, NONE);
     }
+    let met = Met::all(&mut guest);
     guest.finish();
     backend.wait_for_log("frontend detached");
     assert!(backend.terminate().success(), "{:#?}", backend.log());
     let again = format!(
         "
 mount -o dax /dev/pmem0 /mnt
-guest_io verify /mnt/file{} 0 4M {}
+guest_io verify /mnt/file{last} 0 8M {last}
 umount /mnt
 ",
-        2 * kills() % 16,
-        2 * kills(),
+        last = rounds - 1,
     );
     Guest::run_on(&image, Qemu::new(), &again);
+    println!("{met}");
+    assert!(met.waited * 2 >= met.kills, "{met}");
+}
+
+/// What the kills of a backend have met, as QEMU tells.
+#[derive(Debug, Default)]
+struct Met {
+    kills: u64,
+    /// Those at which an access waited for the next backend.
+    waited: u64,
+    /// The longest time that one did, in ms.
+    longest: u64,
+}
+
+impl Met {
+    /// Waits until a backend serves after the last kill.
+    fn all(guest: &mut Guest) -> Self {
+        let mut met = Self::default();
+        wait_until("a backend serves after the last kill", PATIENCE, || {
+            met = Self::so_far(&guest.qemu().messages());
+            met.kills == kills()
+        });
+        met
+    }
+
+    fn so_far(messages: &str) -> Self {
+        let mut met = Self::default();
+        for line in messages.lines() {
+            let Some((_, rest)) = line.split_once("an access has waited for ") else {
+                continue;
+            };
+            let waited = rest.split(' ').next().unwrap().parse().unwrap();
+            met.kills += 1;
+            met.waited += u64::from(waited > 0);
+            met.longest = met.longest.max(waited);
+        }
+        met
+    }
+}
+
+impl std::fmt::Display for Met {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} kills under a guest, {} of them with an access that waited, {} ms at most",
+            self.kills, self.waited, self.longest
+        )
+    }
 }
 
 /// A guest whose persistent memory is one device, that touches what nobody has touched before when it is told to.
