@@ -12,6 +12,7 @@ use pcow_format::{LOCK_FILE, Process, Purpose, Stored, holder};
 use pcow_protocol::frontend::{Frontend, FrontendOptions, LinkStatus};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
+use pcow_tests::program;
 use pcow_tests::scratch::Scratch;
 use pcow_tests::soak::{Difference, Load, build, come_and_go, kill_again_and_again};
 use pcow_tests::waiting::wait_until;
@@ -380,6 +381,31 @@ fn a_takeover_signals_nobody_whom_the_lock_does_not_name_exactly() {
     };
     let (process, purpose) = record.process.unwrap();
     assert_eq!((process.pid, purpose), (next.pid(), Purpose::Serve));
+}
+
+/// As where `/proc` shows no processes of other users.
+#[test]
+fn a_takeover_from_a_process_that_cannot_be_looked_at_is_refused() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &[]);
+    let hide = format!(
+        "mount -t tmpfs none /proc/{} && exec \"$0\" \"$@\"",
+        backend.pid()
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &hide]);
+    command.arg(program("pcow-backend")).arg("--takeover");
+    command.arg("--socket").arg(s.path("s"));
+    command.arg("--image").arg(&image).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("it cannot be looked at"), "{said}");
+    assert_eq!(output.status.code(), Some(1));
+    let frontend = connect(backend.socket());
+    Memory::new(frontend.region()).store(8, 7);
+    drop(frontend);
+    assert!(backend.terminate().success(), "it was left alone");
 }
 
 #[test]

@@ -148,6 +148,30 @@ fn installed_units(scratch: &Scratch) -> Vec<PathBuf> {
         .into()
 }
 
+/// The value of `key` in a text of `key=value`, with or without quotes and more of the operator.
+fn value<'a>(text: &'a str, key: &str) -> &'a str {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let mut fields = lines.flat_map(|line| line.split(','));
+    let after = fields.find_map(|field| field.trim().strip_prefix(key)?.strip_prefix('='));
+    let after = after.unwrap_or_else(|| panic!("no {key} in {text}"));
+    after.trim_start_matches('=').trim_matches('"')
+}
+
+#[test]
+fn the_udev_rule_gives_the_kernels_device_to_the_group_that_the_backend_runs_as() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/systemd");
+    let read = |name: &str| std::fs::read_to_string(from.join(name)).unwrap();
+    let rule = read("60-pcow.rules");
+    let (subsystem, kernel) = (value(&rule, "SUBSYSTEM"), value(&rule, "KERNEL"));
+    let device = Path::new("/sys/class").join(subsystem).join(kernel);
+    let event = std::fs::read_to_string(device.join("uevent")).unwrap();
+    assert_eq!(value(&event, "DEVNAME"), "userfaultfd");
+    let unit = read("pcow-backend@.service");
+    assert_eq!(value(&rule, "GROUP"), value(&unit, "Group"));
+    assert_eq!(value(&rule, "MODE"), "0660");
+    assert_eq!(value(&unit, "DeviceAllow"), "/dev/userfaultfd rw");
+}
+
 #[test]
 fn systemd_understands_the_units_and_finds_nothing_to_say() {
     let scratch = Scratch::new();

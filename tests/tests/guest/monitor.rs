@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A running QEMU: what its monitor refuses, and that it lives on without its backend.
 
+use pcow_format::{Stored, holder};
 use pcow_tests::backend::Backend;
 use pcow_tests::files::allocated_bytes;
 use pcow_tests::guest::Guest;
@@ -63,6 +64,29 @@ fn an_object_added_at_run_time_is_served() {
     assert_eq!(attached(&mut qmp), json!(true));
     qmp.execute("object-del", &json!({ "id": "pm" })).unwrap();
     backend.wait_for_log("frontend detached");
+}
+
+#[test]
+fn an_object_that_no_device_uses_can_be_deleted_without_a_backend() {
+    let scratch = Scratch::new();
+    let image = scratch.image("image", 64 * MIB, CLUSTER);
+    let mut backend = Backend::start(&image, &[]);
+    let mut running = Qemu::new().args(&["-S"]).chardev(backend.socket()).start();
+    let mut qmp = running.qmp();
+    let object = json!({ "qom-type": "memory-backend-pcow", "id": "pm", "chardev": "c0" });
+    qmp.execute("object-add", &object).unwrap();
+    backend.kill();
+    wait_until("it is missed", PATIENCE, || {
+        attached(&mut qmp) == json!(false)
+    });
+    qmp.execute("object-del", &json!({ "id": "pm" })).unwrap();
+    wait_until("nobody keeps the image any more", PATIENCE, || {
+        let stored = Stored::open(&image, &[]).unwrap();
+        holder(stored.directory()).unwrap().is_none()
+    });
+    let _backend = Backend::start_at(backend.socket(), &image, &[]);
+    qmp.execute("object-add", &object).unwrap();
+    assert_eq!(attached(&mut qmp), json!(true));
 }
 
 fn attached(qmp: &mut pcow_tests::qmp::Qmp) -> serde_json::Value {

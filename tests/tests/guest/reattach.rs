@@ -273,6 +273,9 @@ fn the_monitor_says_what_waits_and_refuses_what_cannot_be() {
         .execute("object-del", &json!({ "id": "pm" }))
         .unwrap_err();
     assert!(said.contains("in use"), "{said}");
+    let said = qmp.execute("device_del", &json!({ "id": "nv" }));
+    let said = said.unwrap_err();
+    assert!(said.contains("unplug is not supported"), "{said}");
     waiting.goes_on_with_a_backend();
 }
 
@@ -396,6 +399,30 @@ fn a_limit_turns_waiting_into_a_stopped_machine_that_can_be_continued() {
     });
     qmp.command("cont");
     waiting.ends_well();
+}
+
+/// A guest whose processors wait cannot power off, whatever its kernel tries: one that none of them waits in can.
+#[test]
+fn a_guest_that_touches_only_what_is_mapped_powers_off_without_a_backend() {
+    let scratch = Scratch::new();
+    let image = scratch.image("image", 256 * MIB, CLUSTER);
+    let mut backend = Backend::start(&image, NONE);
+    let script = "
+ndctl create-namespace -f -e namespace0.0 -m devdax -M mem
+guest_io store /dev/dax0.0 0 2M 3
+echo ready
+read -r line
+guest_io verify /dev/dax0.0 0 2M 3
+";
+    let mut guest = Guest::boot(Qemu::new().pcow(&backend), script);
+    guest.wait_for("ready\n");
+    backend.kill();
+    guest
+        .qemu()
+        .wait_for_message("the session with the backend has ended");
+    guest.qemu().send_line("end");
+    guest.finish();
+    Guest::run_on(&image, Qemu::new(), "guest_io verify /dev/dax0.0 0 2M 3");
 }
 
 /// A disk of 8 MiB with the pattern of `seed`.
