@@ -5,7 +5,7 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -31,7 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Host {
     _scratch: Scratch,
-    image: PathBuf,
     backend: Backend,
     descriptors: usize,
 }
@@ -45,7 +44,6 @@ impl Host {
         backend.wait_for_log("frontend detached");
         let mut host = Self {
             _scratch: scratch,
-            image,
             backend,
             descriptors: 0,
         };
