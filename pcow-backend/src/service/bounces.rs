@@ -4,23 +4,30 @@
 //! A moment must last until the worker has met it: it asks for another page, or it was given a processor after the wake-up
 //! and has nothing to do any more. A thread of its own looks for that, so that neither a resolver nor the frontend sleeps. Ending too early costs a
 //! copy that nobody needed; the frontend ends late moments by itself.
+//!
+//! A request for a page that arrives while its moment is open was made before that: in the moment, no worker gets so far.
+//! Nobody knows of it whether it is a store. It comes from another vCPU's worker, or from the same one, which had not gone to
+//! sleep yet when the read copy was installed and so asked for a second time. It is bounced like the first.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::origin::Worker;
+use super::origin::{Share, Worker};
 
 /// Bytes of a page of the frontend's.
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// How often open moments are looked at.
 const LOOK: Duration = Duration::from_micros(20);
-/// For how long a worker that was given a processor and is not idle may still be on its way to fail: it may wait for the
-/// lock of the address space. Most often it has gone on to other work.
+/// How much of a processor's time a worker has had at most when it fails. It needs some microseconds; the kernel counts in
+/// ticks, and a hypervisor below may take as many away. One that has had more has gone on to other work.
 const GRACE: Duration = Duration::from_millis(20);
 /// How long a moment lasts when the kernel does not tell of the worker.
 const BLIND: Duration = Duration::from_micros(200);
+/// How often a page is bounced again for requests in its moment. They are older than the moment, unless the frontend has
+/// ended it by itself: then it is a store that comes again and again.
+const MOST_AGAIN: u32 = 3;
 /// How long it lasts at most, on a host where the worker is not given a processor; the frontend gives it a second.
 const LONGEST: Duration = Duration::from_millis(900);
 
@@ -29,27 +36,37 @@ const LONGEST: Duration = Duration::from_millis(900);
 pub(super) struct Moment {
     page: u64,
     worker: Arc<Worker>,
-    /// How often the worker had run before it was woken.
-    runs_before: Option<u64>,
+    /// What the worker had of the processors before it was woken.
+    before: Option<Share>,
     begin: Instant,
-    /// When the worker was first seen to have run.
-    ran: Option<Instant>,
-    /// Whether it has asked for a page since.
+    /// Whether it has asked for another page since.
     asked_again: bool,
+    /// How often the page was bounced again.
+    again: u32,
 }
 
 impl Moment {
-    fn is_over(&mut self, now: Instant) -> bool {
+    fn is_over(&self, now: Instant) -> bool {
         let age = now - self.begin;
-        let Some(before) = self.runs_before else {
+        let Some(before) = self.before else {
             return age >= BLIND;
         };
-        if self.ran.is_none() && self.worker.runs().is_none_or(|runs| runs > before) {
-            self.ran = Some(now);
-        }
-        let met = |ran| now - ran >= GRACE || self.worker.is_idle();
-        self.asked_again || age >= LONGEST || self.ran.is_some_and(met)
+        self.asked_again || age >= LONGEST || self.was_met(before)
     }
+
+    fn was_met(&self, before: Share) -> bool {
+        // Gone: it has nothing to do any more.
+        let Some(now) = self.worker.share() else {
+            return true;
+        };
+        // A bounce before this one may have woken it already, and it may have run to its end before this one began.
+        let ran = now.runs > before.runs || self.again > 0;
+        ran && (now.time.saturating_sub(before.time) >= GRACE || self.worker.is_idle())
+    }
+}
+
+fn page_of(offset: u64) -> u64 {
+    offset / PAGE_BYTES * PAGE_BYTES
 }
 
 #[derive(Debug, Default)]
@@ -86,14 +103,20 @@ impl Bounces {
     /// and then [`Bounces::watch`] is to be told: its end must not be ordered first.
     pub(super) fn begin(&self, offset: u64, worker: Arc<Worker>) -> Moment {
         let (unit, bit) = self.place(offset);
-        *self.lock().tried.entry(unit).or_default() |= bit;
+        let page = page_of(offset);
+        let mut state = self.lock();
+        *state.tried.entry(unit).or_default() |= bit;
+        // Its end must not come in the new moment.
+        let open = state.open.extract_if(.., |moment| moment.page == page);
+        let again = open.map(|moment| moment.again + 1).max().unwrap_or(0);
+        drop(state);
         Moment {
-            page: offset / PAGE_BYTES * PAGE_BYTES,
-            runs_before: worker.runs(),
+            page,
+            before: worker.share(),
             worker,
             begin: Instant::now(),
-            ran: None,
             asked_again: false,
+            again,
         }
     }
 
@@ -104,18 +127,25 @@ impl Bounces {
         self.changed.notify_one();
     }
 
-    /// Notes that the worker `thread` asks for a page: what it was woken for before is behind it.
-    pub(super) fn asks_again(&self, thread: u32) {
+    /// Notes that the worker `thread` asks for the page at `offset`: what it was woken for before is behind it, unless that
+    /// is the same page.
+    pub(super) fn asks_again(&self, thread: u32, offset: u64) {
+        let page = page_of(offset);
         // Open moments are looked at all the time: nobody needs to be told.
         for moment in &mut self.lock().open {
-            moment.asked_again |= moment.worker.is_thread(thread);
+            moment.asked_again |= moment.page != page && moment.worker.thread() == thread;
         }
     }
 
-    /// Whether the page at `offset` was bounced since its read copy was made.
-    pub(super) fn was_tried(&self, offset: u64) -> bool {
+    /// Whether a request for the page at `offset`, which has a read copy, is a store: the page was bounced since the copy was
+    /// made, and its moment is over.
+    pub(super) fn is_store(&self, offset: u64) -> bool {
         let (unit, bit) = self.place(offset);
-        self.lock().tried.get(&unit).is_some_and(|t| t & bit != 0)
+        let page = page_of(offset);
+        let state = self.lock();
+        let tried = state.tried.get(&unit).is_some_and(|t| t & bit != 0);
+        let older = |moment: &Moment| moment.page == page && moment.again < MOST_AGAIN;
+        tried && !state.open.iter().any(older)
     }
 
     /// The read copies in `bytes` are gone.
@@ -133,7 +163,7 @@ impl Bounces {
 
     /// The moment of the page at `offset` was refused: it is not open.
     pub(super) fn refused(&self, offset: u64) {
-        let page = offset / PAGE_BYTES * PAGE_BYTES;
+        let page = page_of(offset);
         self.lock().open.retain(|moment| moment.page != page);
     }
 
@@ -195,40 +225,71 @@ mod tests {
     use crate::service::origin::tests::some_worker;
 
     #[test]
-    fn a_page_counts_as_tried_until_its_read_copy_is_gone() {
+    fn a_request_after_a_bounce_is_a_store_until_the_read_copy_is_gone() {
         let bounces = Bounces::new(65536);
         let _moment = bounces.begin(5 * 4096 + 1, some_worker());
-        assert!(bounces.was_tried(5 * 4096));
-        assert!(!bounces.was_tried(6 * 4096) && !bounces.was_tried(65536 + 5 * 4096));
+        assert!(bounces.is_store(5 * 4096));
+        assert!(!bounces.is_store(6 * 4096) && !bounces.is_store(65536 + 5 * 4096));
         bounces.forget(&(65536..1 << 30));
-        assert!(bounces.was_tried(5 * 4096));
+        assert!(bounces.is_store(5 * 4096));
         bounces.forget(&(0..65536));
-        assert!(!bounces.was_tried(5 * 4096));
+        assert!(!bounces.is_store(5 * 4096));
+    }
+
+    #[test]
+    fn a_request_in_the_moment_is_no_store_unless_it_comes_again_and_again() {
+        let bounces = Bounces::new(65536);
+        bounces.watch(bounces.begin(4096, some_worker()));
+        for _ in 0..MOST_AGAIN {
+            assert!(!bounces.is_store(4096));
+            bounces.watch(bounces.begin(4096, some_worker()));
+            assert_eq!(bounces.lock().open.len(), 1);
+        }
+        assert!(bounces.is_store(4096));
+    }
+
+    #[test]
+    fn a_worker_that_asks_for_the_same_page_has_not_met_the_moment() {
+        let bounces = Bounces::new(65536);
+        let worker = some_worker();
+        let thread = worker.thread();
+        bounces.watch(bounces.begin(4096, worker));
+        bounces.asks_again(thread, 4096 + 8);
+        bounces.asks_again(thread + 1, 8192);
+        assert!(!bounces.lock().open[0].asked_again);
+        bounces.asks_again(thread, 8192);
+        assert!(bounces.lock().open[0].asked_again);
     }
 
     #[test]
     fn a_moment_ends_when_the_worker_has_run_or_does_not_run_for_too_long() {
+        let worker = some_worker();
         let begin = Instant::now();
-        let mut moment = Moment {
+        let after = |runs, time| Moment {
             page: 0,
-            worker: some_worker(),
-            runs_before: Some(u64::MAX),
+            worker: Arc::clone(&worker),
+            before: Some(Share { time, runs }),
             begin,
-            ran: None,
             asked_again: false,
+            again: 0,
         };
-        assert!(!moment.is_over(begin + BLIND));
-        assert!(moment.is_over(begin + LONGEST));
-        moment.runs_before = None;
-        assert!(!moment.is_over(begin) && moment.is_over(begin + BLIND));
+        // Of more runs than it has had, none can be seen.
+        let mut moment = after(u64::MAX, Duration::ZERO);
+        assert!(!moment.is_over(begin + BLIND) && moment.is_over(begin + LONGEST));
         moment.asked_again = true;
-        moment.runs_before = Some(u64::MAX);
         assert!(moment.is_over(begin));
+        moment.before = None;
         moment.asked_again = false;
-        moment.runs_before = Some(0);
-        moment.is_over(begin + BLIND);
-        assert!(moment.ran.is_some(), "it has run since");
-        assert!(moment.is_over(begin + BLIND + GRACE));
+        assert!(!moment.is_over(begin) && moment.is_over(begin + BLIND));
+        let had = worker.share().unwrap();
+        let moment = after(0, had.time);
+        // One that has work now has none a moment later.
+        while !moment.is_over(begin) {
+            std::thread::yield_now();
+        }
+        if let Some(less) = had.time.checked_sub(GRACE) {
+            assert!(after(0, less).is_over(begin));
+        }
     }
 
     #[test]

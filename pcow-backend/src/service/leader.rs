@@ -189,7 +189,7 @@ impl Leader {
             return;
         }
         let touch = if (write || wp) && !s.disk.read_only() {
-            self.writer(thread, wp)
+            self.writer(thread, offset, wp)
         } else {
             Touch::Load
         };
@@ -198,14 +198,14 @@ impl Leader {
         s.board.post(Fault { offset, touch });
     }
 
-    /// What a request for write access by `thread` means. Reads of /proc do not wait for the frontend's memory (F4).
-    fn writer(&self, thread: u32, present: bool) -> Touch {
+    /// What a request of `thread` for write access at `offset` means. Reads of /proc do not wait for the frontend's memory (F4).
+    fn writer(&self, thread: u32, offset: u64, present: bool) -> Touch {
         let s = &self.shared;
         match s.origins().of(thread) {
             Origin::Storing => Touch::Store { sure: true },
             Origin::Worker if s.may_bounce => {
                 s.tell_how_loads_are_known("loads are told from stores by BOUNCE");
-                s.bounces.asks_again(thread);
+                s.bounces.asks_again(thread, offset);
                 Touch::Unknown {
                     worker: thread,
                     present,

@@ -28,6 +28,15 @@ pub(super) enum Origin {
     Unclear,
 }
 
+/// What a thread had of the processors so far (Linux, Documentation/scheduler/sched-stats.rst).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Share {
+    /// How long it ran. Of one that runs now, not up to date: by a few milliseconds at most.
+    pub(super) time: Duration,
+    /// How often it was given a processor.
+    pub(super) runs: u64,
+}
+
 /// A kernel worker as proc(5) shows it. The files stay those of this thread when its number is used again.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -57,15 +66,21 @@ impl Worker {
         Ok(name.to_owned())
     }
 
-    /// How often it was given a processor; `None` if the kernel does not tell.
-    pub(super) fn runs(&self) -> Option<u64> {
+    /// What it had of the processors; `None` if the kernel does not tell.
+    pub(super) fn share(&self) -> Option<Share> {
         let text = read(self.schedstat.as_ref()?).ok()?;
-        text.split_whitespace().nth(2)?.parse().ok()
+        let mut numbers = text.split_whitespace().map(str::parse);
+        let mut next = || numbers.next()?.ok();
+        let (time, _waited, runs) = (next()?, next()?, next()?);
+        Some(Share {
+            time: Duration::from_nanos(time),
+            runs,
+        })
     }
 
-    /// Whether this is its number.
-    pub(super) fn is_thread(&self, thread: u32) -> bool {
-        self.thread == thread
+    /// Its number.
+    pub(super) fn thread(&self) -> u32 {
+        self.thread
     }
 
     /// Whether it has no work; true also if it is gone. One that waits for a lock or for memory has some.
@@ -212,7 +227,7 @@ pub(super) mod tests {
         let worker = some_worker_number();
         assert_eq!(origins.of(worker), Origin::Worker);
         let worker = origins.worker(worker).unwrap();
-        assert!(worker.runs().is_some());
+        assert!(worker.share().is_some_and(|share| share.runs > 0));
         // One that has work now has none a moment later.
         while !worker.is_idle() {
             std::thread::yield_now();

@@ -104,14 +104,14 @@ impl Resolver<'_> {
         s.channel.stop_machine(STOP_NO_SPACE)
     }
 
-    /// What the fault is served as. The first request of a worker's for a page is bounced; the second one is a store.
+    /// What the fault is served as. The first request of workers for a page is bounced; one after its moment is a store.
     fn access(&self) -> Access {
         let s = self.shared;
         match self.fault.touch {
             Touch::Load => Access::Read,
             Touch::Store { .. } => Access::Write,
             // A page that is missing again has lost its read copy since.
-            Touch::Unknown { present, .. } if present && s.bounces.was_tried(self.fault.offset) => {
+            Touch::Unknown { present, .. } if present && s.bounces.is_store(self.fault.offset) => {
                 Counters::add(&s.counters.second);
                 Access::Write
             }
