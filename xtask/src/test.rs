@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::arch;
@@ -96,6 +96,12 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
         "warnings",
     ];
     report.cargo("lint-lab", &lint_lab);
+    if has_rustup() {
+        report.run("aarch64", compile_for_aarch64);
+    } else {
+        eprintln!("rustup is not there, so nothing is compiled for aarch64");
+        report.left_out("aarch64");
+    }
     let built = report.cargo("build", &["build", "--release", "--bins"]);
     let machine = if arguments.no_guest {
         Some(None)
@@ -116,6 +122,35 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
             }
         }
     }
+}
+
+/// Only rustup can fetch the standard library of another architecture.
+fn has_rustup() -> bool {
+    let mut version = Command::new("rustup");
+    version
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    version.status().is_ok_and(|s| s.success())
+}
+
+/// Compiles for aarch64 what has code of its own there, its assembly included. Nothing is linked, so no linker for it is needed.
+fn compile_for_aarch64() -> Result<()> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let mut add = Command::new("rustup");
+    add.args(["target", "add", TARGET]);
+    shown(&mut add)?;
+    let build = [
+        "build",
+        "--lib",
+        "--target",
+        TARGET,
+        "-p",
+        "pcow-format",
+        "-p",
+        "pcow-protocol",
+    ];
+    shown(&mut run::cargo(&build))
 }
 
 /// What the end-to-end tests run their guests with.
@@ -171,7 +206,10 @@ fn shown(command: &mut Command) -> Result<()> {
 enum Outcome {
     Passed,
     Failed,
+    /// What it needs was not made.
     NotRun,
+    /// This machine cannot do it, which is no fault of what is tested.
+    LeftOut,
 }
 
 /// The stages so far.
@@ -205,6 +243,10 @@ impl Report {
         self.stages.push((name, Outcome::NotRun, Duration::ZERO));
     }
 
+    fn left_out(&mut self, name: &'static str) {
+        self.stages.push((name, Outcome::LeftOut, Duration::ZERO));
+    }
+
     fn print(&self) {
         eprintln!("== stages");
         for (name, outcome, duration) in &self.stages {
@@ -212,6 +254,7 @@ impl Report {
                 Outcome::Passed => "passed",
                 Outcome::Failed => "FAILED",
                 Outcome::NotRun => "NOT RUN",
+                Outcome::LeftOut => "left out",
             };
             eprintln!("{name:<10}{outcome:<10}{}", run::seconds(*duration));
         }
@@ -221,7 +264,7 @@ impl Report {
         let bad: Vec<&str> = self
             .stages
             .iter()
-            .filter(|(_, outcome, _)| *outcome != Outcome::Passed)
+            .filter(|(_, outcome, _)| matches!(outcome, Outcome::Failed | Outcome::NotRun))
             .map(|(name, _, _)| *name)
             .collect();
         if bad.is_empty() {
@@ -243,6 +286,7 @@ mod tests {
         assert!(report.result().is_ok());
         report.run::<()>("bad", || Err(Error::Unusable("no".into())));
         report.not_run("late");
+        report.left_out("elsewhere");
         assert_eq!(
             report.result().unwrap_err().to_string(),
             "failed: bad, late"
