@@ -21,6 +21,7 @@ pub mod random;
 pub mod records;
 pub mod scratch;
 pub mod soak;
+pub mod strace;
 pub mod tpm;
 pub mod trace;
 pub mod waiting;

@@ -52,6 +52,7 @@ const TABLE: &[(&str, &[Step], &str)] = &[
     ("qemu-system-data", &[Demo, Lab, Test], "firmware"),
     ("qemu-utils", &[Test], "comparing with qemu-img"),
     ("seabios", &[Demo, Lab, Test], "firmware"),
+    ("strace", &[Test], "killing processes at their system calls"),
     ("swtpm", &[Test], "a TPM for guests"),
     ("xfsprogs", &[Test], "making XFS filesystems"),
     ("xz-utils", &[Qemu, Guest], "unpacking"),

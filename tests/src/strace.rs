@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A process that is killed on its way into a chosen system call, by strace(1).
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A process under observation. It runs on, without, when this is dropped.
+#[derive(Debug)]
+pub struct Strace {
+    observed: u32,
+    process: Child,
+}
+
+impl Strace {
+    /// Has `process` killed when one of its threads comes to its `number`th system call `call` from now on, which is not
+    /// carried out.
+    ///
+    /// # Panics
+    /// If strace is not there, or may not observe the process.
+    pub fn kill_at(process: u32, call: &str, number: u32) -> Self {
+        let mut strace = Command::new("strace")
+            .args(["-f", "-e", &format!("trace={call}"), "-e", "signal=none"])
+            .args(["-e", &format!("inject={call}:signal=KILL:when={number}")])
+            .args(["-o", "/dev/null"])
+            .args(["-p", &process.to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("strace is needed and cannot be run: {e}"));
+        let mut said = BufReader::new(strace.stderr.take().unwrap());
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        assert!(line.contains("attached"), "strace: {line}");
+        // It must not wait for somebody who reads.
+        std::thread::spawn(move || said.lines().for_each(drop));
+        Self {
+            observed: process,
+            process: strace,
+        }
+    }
+
+    /// Ends it.
+    pub fn end(mut self) {
+        if has_ended(self.observed) {
+            // Then it ends by itself.
+            self.process.wait().unwrap();
+        }
+    }
+
+    fn stop(&mut self) {
+        if self.process.try_wait().unwrap().is_some() {
+            return;
+        }
+        let pid = Pid::from_child(&self.process);
+        // It may have ended by itself meanwhile; its number is its own until somebody waits for it.
+        let _ = kill_process(pid, Signal::TERM);
+        let _ = self.process.wait();
+    }
+}
+
+/// Whether there is nothing left of `process` but what its parent has to wait for.
+pub fn has_ended(process: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let state = status.rsplit_once(") ").map(|(_, rest)| rest);
+    state.is_none_or(|state| state.starts_with(['Z', 'X']))
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
