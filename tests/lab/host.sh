@@ -7,7 +7,7 @@
 # Preparations are steps that are never left out.
 
 REPORTS=/dev/ttyS1
-STEP_SECONDS=600
+STEP_SECONDS=1800
 passed=0
 failed=0
 chosen=0
@@ -74,6 +74,8 @@ tests_on_filesystem() {
     if [ "$LAB_FORM" = full ]; then
         step "$fs/killing" guest_outlives_its_backends 20
         step "$fs/rollback" guest_sees_a_rollback
+        step "$fs/live" guest_is_snapshotted 5
+        step "$fs/live-off-dax" snapshot_off_dax_is_refused "$fs"
         step "$fs/reading-all" guest_reads_without_allocating 512
         step "$fs/clones" guests_change_clones
         step "$fs/disks" disks_read_into_dax_memory

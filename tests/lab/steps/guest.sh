@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # A guest under KVM, in the patched QEMU, on images that backends serve.
 
-GUEST_SECONDS=300
+GUEST_SECONDS=900
 
 # What is run as a backend.
 backend_program=pcow-backend

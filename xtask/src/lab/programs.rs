@@ -26,6 +26,7 @@ const BINARIES: &[(&str, &str)] = &[
     ("pcow-backend", "pcow-backend"),
     ("pcow-img", "pcow-img"),
     ("pcow-tests", "pcow-bench"),
+    ("pcow-tests", "pcow-guest-io"),
 ];
 
 /// What runs in the guest inside of the lab host.
