@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use pcow_format::Image;
+use pcow_format::check::check;
+use pcow_format::{Image, Stored};
 use pcow_protocol::control::Client;
 use pcow_protocol::frontend::{Frontend, FrontendOptions, StopReason};
 use pcow_tests::backend::Backend;
@@ -18,6 +19,7 @@ use pcow_tests::loop_mount::LoopMount;
 use pcow_tests::memory::Memory;
 use pcow_tests::scratch::{Scratch, store};
 use pcow_tests::waiting::wait_until;
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
@@ -60,6 +62,16 @@ impl Writer {
     }
 }
 
+/// What the next event of this name says.
+fn wait_for_event(operator: &mut Client, name: &str) -> Value {
+    loop {
+        let event = operator.next_event(PATIENCE).unwrap().expect(name);
+        if event.name == name {
+            return event.data;
+        }
+    }
+}
+
 /// Serves `image` on the full filesystem `mount`, writes `clusters`, gives `ballast` back, and checks all bytes.
 fn waits_and_goes_on(
     mount: &LoopMount,
@@ -68,10 +80,12 @@ fn waits_and_goes_on(
     clusters: std::ops::Range<u64>,
 ) {
     let mut backend = Backend::start(image, &[]);
+    let mut operator = Client::connect(image, None).unwrap().unwrap();
     let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
     let writer = Writer::start(Memory::new(frontend.region()), clusters.clone());
     backend.wait_for_log("the guest waits");
     writer.wait_until_stuck();
+    assert_eq!(wait_for_event(&mut operator, "NO_SPACE")["no-space"], true);
     let log = backend.log().join("\n");
     assert!(log.contains("No space left"), "{log}");
     assert!(log.contains("free space on the filesystem"), "{log}");
@@ -85,6 +99,7 @@ fn waits_and_goes_on(
     std::fs::remove_file(ballast).unwrap();
     writer.thread.join().unwrap();
     backend.wait_for_log("the guest goes on");
+    wait_for_event(&mut operator, "SPACE_AGAIN");
     let complaints = backend
         .log()
         .iter()
@@ -102,6 +117,75 @@ fn waits_and_goes_on(
         assert_eq!(u64::from_le_bytes(word), cluster + 1, "cluster {cluster}");
     }
     assert!(mount.path().exists());
+}
+
+/// On ext4 a new layer's files would fit into what that keeps back for itself.
+#[test]
+fn a_snapshot_without_space_for_it_fails_and_the_guest_goes_on() {
+    let mount = LoopMount::xfs(400);
+    let images = Scratch::below(&mount.path());
+    let path = images.image("image", SIZE, CLUSTER);
+    let mut backend = Backend::start(&path, &[]);
+    let mut operator = Client::connect(&path, None).unwrap().unwrap();
+    let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
+    let memory = Memory::new(frontend.region());
+    memory.store(8, 1);
+    let ballast = mount.fill_up_to("ballast", 0);
+    let mut take = |name| operator.execute("snapshot-create", json!({ "name": name }), PATIENCE);
+    let refused = take("refused").unwrap_err().to_string();
+    assert!(refused.contains("No space left"), "{refused}");
+    assert!(
+        refused.contains("free space on the filesystem"),
+        "{refused}"
+    );
+    // The guest goes on with what it has.
+    assert_eq!(memory.load(8), 1);
+    memory.store(8, 2);
+    std::fs::remove_file(ballast).unwrap();
+    take("taken").unwrap();
+    memory.store(8, 3);
+    let reason = wait_for_event(&mut operator, "SNAPSHOT_FAILED")["reason"].to_string();
+    assert!(reason.contains("No space left"), "{reason}");
+    let created = wait_for_event(&mut operator, "SNAPSHOT_CREATED");
+    assert_eq!(
+        (&created["number"], &created["name"]),
+        (&json!(1), &json!("taken"))
+    );
+    drop((memory, frontend));
+    assert!(backend.terminate().success());
+    let stored = Stored::open(&path, &[]).unwrap();
+    let report = check(&stored).unwrap();
+    assert!(report.corruptions.is_empty(), "{:?}", report.corruptions);
+    assert_eq!(stored.root().snapshots.len(), 1);
+    let mut word = [0; 8];
+    let sealed = stored.chain(stored.root().snapshots[0].layer).unwrap();
+    sealed.read(8, &mut word).unwrap();
+    assert_eq!(u64::from_le_bytes(word), 2);
+}
+
+/// The disk fails as disks do: a loop device whose file finds no space.
+#[test]
+fn operators_hear_of_a_flush_that_fails() {
+    let disk = LoopMount::ext4_on_tmpfs(512, 64);
+    let images = Scratch::below(&disk.path());
+    let path = images.image("image", SIZE, CLUSTER);
+    let backend = Backend::start(&path, &["--flush-interval", "0"]);
+    let mut operator = Client::connect(&path, None).unwrap().unwrap();
+    let mut other = Client::connect(&path, None).unwrap().unwrap();
+    let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
+    let memory = Memory::new(frontend.region());
+    disk.take_space_of_device();
+    for at in (0..8 * MIB).step_by(4096) {
+        memory.store(at, at + 1);
+    }
+    let mut flush = || operator.execute("flush", json!({}), PATIENCE);
+    let failed = flush().unwrap_err().to_string();
+    assert!(failed.contains("cannot flush"), "{failed}");
+    let reason = wait_for_event(&mut other, "FLUSH_FAILED")["reason"].to_string();
+    assert!(reason.contains("cannot flush"), "{reason}");
+    // It stays so (I7), and so does what the guest has stored.
+    assert!(flush().is_err());
+    assert_eq!(memory.load(4096), 4097);
 }
 
 /// With the option the machine is stopped while there is still space: nothing that could keep it from stopping waits yet.
