@@ -9,7 +9,7 @@ use crate::error::{IoContext, Result};
 use crate::image::{Image, Source};
 use crate::map::State;
 use crate::medium::{File, read_exact_at};
-use crate::units::{self, ClusterRange};
+use crate::units::{self, ClusterRange, ClusterSize};
 use crate::view::check_range;
 
 /// Bytes worked on at a time.
@@ -69,9 +69,7 @@ impl Image {
         let mut discarded = Vec::new();
         let mut at = range.start;
         while at < range.end {
-            let step = at..range
-                .end
-                .min((at / STEP_BYTES + 1) * STEP_BYTES.max(cluster.bytes()));
+            let step = at..end_of_step(cluster, at, range.end);
             for (piece, source) in self.groups(&step)? {
                 let own = cluster.byte_range(piece);
                 let part = own.start.max(range.start)..own.end.min(range.end);
@@ -172,4 +170,14 @@ impl Image {
         };
         Ok(sources.chunk_by(|a, b| a == b).map(group).collect())
     }
+}
+
+/// Up to where clusters from `at` on are worked on at once: whole ones apart from those that `end`, or `at`, lies within.
+fn end_of_step(cluster: ClusterSize, at: u64, end: u64) -> u64 {
+    let size = cluster.bytes();
+    let last = end / size * size;
+    if at >= last || !at.is_multiple_of(size) {
+        return end.min((at / size + 1) * size);
+    }
+    last.min(at + STEP_BYTES.max(size))
 }

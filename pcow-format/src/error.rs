@@ -35,6 +35,12 @@ pub enum ErrorKind {
     Linked,
     /// Of the two files of the active layer only one is on DAX.
     MixedDomains,
+    /// What was to be a stream is none, or is damaged.
+    Stream,
+    /// A stream ends too early.
+    StreamCut,
+    /// Another stream into this image was begun and is not complete.
+    Unfinished,
     /// An argument is out of its range.
     InvalidArgument,
     /// The filesystem has no space left.
@@ -103,6 +109,13 @@ impl Error {
                 "this looks like a copy made with 'cp -al'; copy the image with 'cp -a' or clone it",
             ),
             ErrorKind::MixedDomains => Hindrance::NotEnabled.advice(),
+            ErrorKind::Stream => Some("send it again"),
+            ErrorKind::StreamCut => Some(
+                "send the rest with 'pcow-img send --resume', and what 'pcow-img receive --token' prints",
+            ),
+            ErrorKind::Unfinished => Some(
+                "go on with that one ('pcow-img receive --token'), or give it up with 'pcow-img receive --abort'",
+            ),
             ErrorKind::NoSpace => Some("free space on the filesystem and try again"),
             ErrorKind::FlushFailed => Some(
                 "check the medium and the image ('pcow-img check'), then remove the file flush-failed in the image",

@@ -29,6 +29,7 @@ pub mod ops;
 mod ready;
 pub mod repair;
 pub mod root;
+pub mod stream;
 mod units;
 mod view;
 

@@ -55,6 +55,8 @@ pub struct Root {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Snapshot {
+    /// Names what it shows for ever, in every image that has it (`docs/stream-format.md`).
+    pub uuid: Uuid,
     /// Stable number, from 1.
     pub number: u64,
     /// Unique name.
@@ -245,29 +247,44 @@ impl Root {
         Ok(chain)
     }
 
-    /// Adds a snapshot of `layer` under the next number.
+    /// Adds a snapshot of `layer`, new to the world, under the next number.
     ///
     /// # Errors
     /// `InvalidArgument` for a name that is not allowed, `Exists` for one in use.
     pub fn add_snapshot(&mut self, name: &str, layer: Uuid, time: u64) -> Result<u64> {
-        check_name(name)?;
-        if self.snapshots.iter().any(|s| s.name == name) {
-            let what = format!("the image already has a snapshot '{name}'");
+        self.add_known_snapshot(Snapshot {
+            uuid: Uuid::new_v4(),
+            number: self.next_snapshot,
+            name: name.to_owned(),
+            layer,
+            time,
+        })
+    }
+
+    /// Adds a snapshot that another image has, too: under its own number if no number from that on was given out yet.
+    /// Returns the number.
+    ///
+    /// # Errors
+    /// As [`Root::add_snapshot`]; `InvalidArgument` for a snapshot that is there already.
+    pub(crate) fn add_known_snapshot(&mut self, mut snapshot: Snapshot) -> Result<u64> {
+        check_name(&snapshot.name)?;
+        if let Some(same) = self.snapshots.iter().find(|s| s.uuid == snapshot.uuid) {
+            let what = format!("the image has this snapshot already, as '{}'", same.name);
+            return Err(Error::new(ErrorKind::InvalidArgument, what));
+        }
+        if self.snapshots.iter().any(|s| s.name == snapshot.name) {
+            let what = format!("the image already has a snapshot '{}'", snapshot.name);
             return Err(Error::new(ErrorKind::Exists, what));
         }
-        let number = self.next_snapshot;
+        let number = self.next_snapshot.max(snapshot.number);
         self.next_snapshot = number.checked_add(1).ok_or_else(|| {
             Error::new(
                 ErrorKind::InvalidArgument,
                 "there are no snapshot numbers left",
             )
         })?;
-        self.snapshots.push(Snapshot {
-            number,
-            name: name.to_owned(),
-            layer,
-            time,
-        });
+        snapshot.number = number;
+        self.snapshots.push(snapshot);
         Ok(number)
     }
 
@@ -378,6 +395,7 @@ impl Root {
 
     fn validate_snapshots(&self) -> Result<()> {
         let mut names = HashSet::new();
+        let mut uuids = HashSet::new();
         let mut last = 0;
         let sealed: HashSet<_> = self
             .layers
@@ -387,8 +405,9 @@ impl Root {
             .collect();
         for s in &self.snapshots {
             check_name(&s.name).map_err(|e| corrupt("a snapshot's name").caused_by(e))?;
-            if !names.insert(&s.name) || s.number <= last || s.number >= self.next_snapshot {
-                return Err(corrupt("a snapshot's name or number is not unique"));
+            let is_new = names.insert(&s.name) && uuids.insert(s.uuid);
+            if !is_new || s.number <= last || s.number >= self.next_snapshot {
+                return Err(corrupt("a snapshot's UUID, name or number is not unique"));
             }
             if !sealed.contains(&s.layer) {
                 return Err(corrupt("a snapshot's layer is missing or not sealed"));

@@ -19,10 +19,10 @@ use imago::{FormatAccess, FormatDriverBuilder, Mapping, Storage as _, StorageOpe
 use pcow_format::medium::File;
 use pcow_format::medium::real::RealFile;
 use serde_json::Value;
-use uuid::Uuid;
 
 use crate::disk::Format;
 use crate::failure::Failure;
+use crate::temporary::Temporary;
 
 /// A file of another format, open for reading.
 pub type Access = FormatAccess<Storage>;
@@ -222,24 +222,4 @@ fn operand(path: &Path) -> OsString {
         return path.as_os_str().to_owned();
     }
     Path::new(".").join(path).into_os_string()
-}
-
-/// A name of a file that is removed when this goes.
-#[derive(Debug)]
-pub struct Temporary(pub PathBuf);
-
-impl Temporary {
-    /// `<path>.<uuid>.part`.
-    pub fn beside(path: &Path) -> Self {
-        let mut name = path.as_os_str().to_owned();
-        name.push(format!(".{}.part", Uuid::new_v4()));
-        Self(PathBuf::from(name))
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        // It may have another name by now, or may never have been made.
-        let _ = std::fs::remove_file(&self.0);
-    }
 }

@@ -20,6 +20,7 @@ mod open;
 mod progress;
 mod size;
 mod snapshots;
+mod temporary;
 mod tree;
 
 use std::process::ExitCode;

@@ -20,6 +20,8 @@ pub struct SnapshotInfo {
     pub date_nsec: u32,
     /// UUID of the layer that it shows.
     pub layer: Uuid,
+    /// Its own UUID, the same in every image that has received it.
+    pub uuid: Uuid,
 }
 
 impl SnapshotInfo {
@@ -32,6 +34,7 @@ impl SnapshotInfo {
             date_sec: snapshot["time"].as_u64()?,
             date_nsec: 0,
             layer: Uuid::parse_str(answer["layer"].as_str()?).ok()?,
+            uuid: Uuid::parse_str(snapshot["uuid"].as_str()?).ok()?,
         })
     }
 }
@@ -44,6 +47,7 @@ impl From<&Snapshot> for SnapshotInfo {
             date_sec: snapshot.time,
             date_nsec: 0,
             layer: snapshot.layer,
+            uuid: snapshot.uuid,
         }
     }
 }

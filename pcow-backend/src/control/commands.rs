@@ -234,7 +234,12 @@ fn layer(root: &Root, layer: &pcow_format::root::Layer) -> Value {
 }
 
 fn snapshot_row(snapshot: &pcow_format::root::Snapshot) -> Value {
-    json!({ "number": snapshot.number, "name": snapshot.name, "time": snapshot.time })
+    json!({
+        "number": snapshot.number,
+        "name": snapshot.name,
+        "time": snapshot.time,
+        "uuid": snapshot.uuid,
+    })
 }
 
 fn session_stats(f: &Figures) -> Value {

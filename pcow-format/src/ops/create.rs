@@ -139,7 +139,7 @@ pub fn create_in(
     create_with_in(parent, name, new, env, None)
 }
 
-fn create_with_in(
+pub(super) fn create_with_in(
     parent: &dyn Directory,
     name: &str,
     new: &NewImage,
@@ -185,7 +185,11 @@ fn create_with_in(
 }
 
 /// Removes an image that was not finished.
-fn discard_part(parent: &dyn Directory, dir: &dyn Directory, part: &str) -> std::io::Result<()> {
+pub(super) fn discard_part(
+    parent: &dyn Directory,
+    dir: &dyn Directory,
+    part: &str,
+) -> std::io::Result<()> {
     for name in dir.names()? {
         dir.unlink(Site("create.part.unlink"), &name)?;
     }

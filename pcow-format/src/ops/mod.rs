@@ -5,6 +5,7 @@
 mod create;
 mod delete;
 mod rebase;
+mod receive;
 mod rename;
 mod resize;
 mod rollback;
@@ -18,6 +19,9 @@ use uuid::Uuid;
 pub use create::{Base, Created, Fill, NewImage, create, create_filled, create_in};
 pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
+pub use receive::{
+    RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, receive, receive_in, unfinished,
+};
 pub use rollback::RolledBack;
 pub use snapshot::{Checksum, Prepared};
 

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, Stored, Written, replace_root};
 use crate::layer_files::{self, Pair, data_name};
 use crate::medium::{Access, Domain, File, Lease};
-use crate::root::{self, Layer, Proof, Root};
+use crate::root::{self, Layer, Proof, Root, Snapshot};
 
 /// How long a file may still be open for writing by nobody that matters.
 const GRACE: Duration = Duration::from_secs(1);
@@ -74,13 +74,25 @@ impl Image {
     /// # Errors
     /// As [`Image::snapshot`]; the image is as it was.
     pub fn prepare_snapshot(&self, name: Option<&str>) -> Result<Prepared> {
-        let mut root = self.root().clone();
-        let sealed = root.active;
+        let root = self.root();
         let name = name.map_or_else(
-            || free_name(&root, &format!("snapshot-{}", root.next_snapshot)),
+            || free_name(root, &format!("snapshot-{}", root.next_snapshot)),
             str::to_owned,
         );
-        let number = root.add_snapshot(&name, sealed, super::now())?;
+        self.prepare_known_snapshot(Snapshot {
+            uuid: Uuid::new_v4(),
+            number: root.next_snapshot,
+            name,
+            layer: root.active,
+            time: super::now(),
+        })
+    }
+
+    /// As [`Image::prepare_snapshot`], for a snapshot that another image may have, too. Its layer is the active one.
+    pub(super) fn prepare_known_snapshot(&self, snapshot: Snapshot) -> Result<Prepared> {
+        let mut root = self.root().clone();
+        let sealed = root.active;
+        let number = root.add_known_snapshot(snapshot)?;
         let new = root.empty_layer(sealed, self.virtual_size(), self.cluster_size())?;
         let row = root.row_mut(sealed)?;
         row.sealed = true;

@@ -17,9 +17,10 @@ use crate::cli::Global;
 use crate::console::Console;
 use crate::disk::{Disk, Format};
 use crate::failure::{Doing, Failure};
-use crate::foreign::{self, Temporary};
+use crate::foreign;
 use crate::progress::Progress;
 use crate::size::{self, Bytes};
+use crate::temporary::{Temporary, cannot_write};
 
 /// Copy a disk into another format, or out of a snapshot
 ///
@@ -119,7 +120,7 @@ impl Convert {
             Format::Raw => {
                 let part = Temporary::beside(&self.target);
                 let _open = make_raw(&part.0, &source, &mut progress, &mut copied)?;
-                settle(&part.0, &self.target)?;
+                part.settle(&self.target)?;
                 source.size()
             }
             Format::Qcow2 | Format::Vmdk => {
@@ -182,7 +183,7 @@ impl Convert {
             make_raw(&raw.0, source, progress, copied)?;
             foreign::convert((&raw.0, Format::Raw), to, PURPOSE)?;
         }
-        settle(&part.0, &self.target)
+        part.settle(&self.target)
     }
 
     /// In place: also zeros are written, as holes.
@@ -290,25 +291,6 @@ fn copy_to_file(
         })
     })
     .doing(|| PURPOSE.to_owned())
-}
-
-/// Gives a complete file its name, durably, without replacing anything.
-fn settle(part: &Path, target: &Path) -> Result<(), Failure> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    let fail = |e: std::io::Error| cannot_write(target, &e);
-    let file = std::fs::File::open(part).map_err(fail)?;
-    file.sync_all().map_err(fail)?;
-    renameat_with(CWD, part, CWD, target, RenameFlags::NOREPLACE).map_err(|e| fail(e.into()))?;
-    let parent = match target.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    let parent = std::fs::File::open(parent).map_err(fail)?;
-    parent.sync_all().map_err(fail)
-}
-
-fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::refused(format!("cannot write {}: {error}", path.display()))
 }
 
 impl fmt::Display for Done {

@@ -18,9 +18,11 @@ mod map;
 mod measure;
 mod read;
 mod rebase;
+mod receive;
 mod rename;
 mod resize;
 mod rollback;
+mod send;
 mod snapshot;
 mod write;
 
@@ -55,6 +57,8 @@ pub enum Command {
     Man(completions::Man),
     Convert(convert::Convert),
     Measure(measure::Measure),
+    Send(send::Send),
+    Receive(receive::Receive),
     Resize(resize::Resize),
     Compact(compact::Compact),
 }
@@ -96,6 +100,8 @@ pub fn run(cli: Cli) -> Result<Status, Failure> {
         Command::Resize(c) => c.run(global, &mut console),
         Command::Measure(c) => c.run(global, &mut console),
         Command::Convert(c) => c.run(global, &mut console),
+        Command::Send(c) => c.run(global, &mut console),
+        Command::Receive(c) => c.run(global, &mut console),
         Command::Compact(c) => c.run(global, &mut console),
     }?;
     Ok(Status::Ok)

@@ -67,7 +67,7 @@ fn info_has_the_documented_fields() {
     let snapshot = &info["snapshots"][1];
     assert_eq!(
         fields(snapshot),
-        ["date-nsec", "date-sec", "id", "layer", "name"]
+        ["date-nsec", "date-sec", "id", "layer", "name", "uuid"]
     );
     assert_eq!(
         (&snapshot["id"], &snapshot["name"]),
@@ -171,6 +171,7 @@ fn list_draws_the_snapshots_as_they_came_from_each_other() {
         "layer",
         "name",
         "parent",
+        "uuid",
         "virtual-size",
     ];
     assert_eq!(fields(&list["snapshots"][0]), expected);
