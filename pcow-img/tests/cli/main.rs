@@ -14,3 +14,4 @@ mod repairing;
 mod showing;
 mod sizes;
 mod spellings;
+mod streaming;
