@@ -20,7 +20,8 @@ pub use create::{Base, Created, Fill, NewImage, create, create_filled, create_in
 pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use receive::{
-    RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, receive, receive_in, unfinished,
+    RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, receive, receive_in,
+    unfinished, unfinished_in,
 };
 pub use rollback::RolledBack;
 pub use snapshot::{Checksum, Prepared};

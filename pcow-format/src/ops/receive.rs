@@ -16,6 +16,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use crate::chain::Owner;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Environment, Image, Stored};
@@ -114,16 +116,22 @@ pub fn receive(
 /// # Errors
 /// `Corrupt` or `Io`.
 pub fn unfinished(path: &Path, base_dirs: &[PathBuf]) -> Result<Option<Unfinished>> {
-    at(path, base_dirs, None, |place| {
-        let Some((_, unfinished)) = place.open_part()? else {
-            return Ok(None);
-        };
-        if let Ok(dir) = place.parent.open_dir(place.name) {
-            let stored = Stored::load(dir, place.env.clone())?;
-            return Ok((!is_joined(&stored, &unfinished)).then_some(unfinished));
-        }
-        Ok(Some(unfinished))
-    })
+    at(path, base_dirs, None, unfinished_in)
+}
+
+/// As [`unfinished`], in an open directory.
+///
+/// # Errors
+/// As [`unfinished`].
+pub fn unfinished_in(place: &Receive<'_>) -> Result<Option<Unfinished>> {
+    let Some((_, unfinished)) = place.open_part()? else {
+        return Ok(None);
+    };
+    if let Ok(dir) = place.parent.open_dir(place.name) {
+        let stored = Stored::load(dir, place.env.clone())?;
+        return Ok((!is_joined(&stored, &unfinished)).then_some(unfinished));
+    }
+    Ok(Some(unfinished))
 }
 
 /// Removes what is there of such a stream; says what it was.
@@ -229,7 +237,7 @@ impl Receive<'_> {
             uuid: header.snapshot.uuid,
             number: header.snapshot.number,
             name: name.to_owned(),
-            layer: uuid::Uuid::nil(),
+            layer: Uuid::nil(),
             time: header.time,
         }
     }
@@ -310,9 +318,18 @@ impl Receive<'_> {
         Ok(Some((dir, Unfinished { header })))
     }
 
+    /// A partial image is whole as long as it has its name: a power cut takes names back one by one.
     fn remove_part(&self, dir: &dyn Directory) -> Result<()> {
-        let name = self.part_name();
-        discard_part(self.parent, dir, &name).context(|| format!("cannot remove {name}"))
+        let part = self.part_name();
+        let context = || format!("cannot remove {part}");
+        let gone = format!("{}.{}.part", self.name, Uuid::new_v4());
+        let renamed = self
+            .parent
+            .rename_dir(Site("receive.gone.rename"), &part, &gone);
+        renamed.context(context)?;
+        let synced = self.parent.sync(Site("receive.gone.sync"));
+        synced.context(context)?;
+        discard_part(self.parent, dir, &gone).context(context)
     }
 
     /// Opens the partial image that goes on with the stream, or makes one.
@@ -456,7 +473,7 @@ fn continued<'a>(stored: &'a Stored, from: &Named) -> Result<&'a Snapshot> {
 /// A row like that of the layer to come.
 fn placeholder(stored: &Stored, from: &Snapshot, header: &Header) -> Layer {
     Layer {
-        uuid: uuid::Uuid::new_v4(),
+        uuid: Uuid::new_v4(),
         parent: Some(from.layer),
         virtual_size: header.size.bytes(),
         cluster_size: header.cluster.bytes(),

@@ -183,6 +183,8 @@ pub struct Model {
     pub clones: Vec<(String, Contents)>,
     /// A flush has failed: nobody may open the image for writing (I7).
     pub failed: bool,
+    /// What is being received, and into what: as much of it as is said to be there must be.
+    pub receiving: Option<(String, Contents)>,
     next_snapshot: u64,
 }
 
@@ -194,6 +196,7 @@ impl Model {
             snapshots: Vec::new(),
             clones: Vec::new(),
             failed: false,
+            receiving: None,
             next_snapshot: 1,
         }
     }

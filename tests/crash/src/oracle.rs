@@ -8,7 +8,7 @@ use pcow_format::medium::{Access, Domain, Site};
 use pcow_format::{Cluster, ErrorKind, FLUSH_FAILED_FILE, Image, Source, Stored, map, map_name};
 use uuid::Uuid;
 
-use crate::model::{Contents, Model, Place, Role, check_equal};
+use crate::model::{CLUSTER_BYTES, Contents, Model, Place, Role, check_equal};
 use crate::setting::{self, BYSTANDERS, Setting, text};
 use crate::workload::{Expected, other_base, store_word, write_back};
 
@@ -181,7 +181,29 @@ impl Case<'_> {
         for (name, expected) in &model.clones {
             self.check_other(name, expected)?;
         }
+        if let Some((name, expected)) = &model.receiving {
+            self.check_partial(name, expected)?;
+        }
         Ok(())
+    }
+
+    /// What a partial image says that it has received, it shows.
+    fn check_partial(&self, name: &str, expected: &Contents) -> Result<(), String> {
+        let Some(position) = setting::received(self.sim, name, self.boot)? else {
+            return Ok(());
+        };
+        let plan = self.setting.plan();
+        let part = format!("{name}.receive.part");
+        let mut found = setting::contents(plan, self.sim, &part, self.boot)?;
+        let missing = plan
+            .clusters
+            .iter()
+            .enumerate()
+            .filter(|(_, (cluster, _))| cluster * CLUSTER_BYTES + CLUSTER_BYTES > position);
+        for (index, _) in missing {
+            found.0[index] = expected.0[index].clone();
+        }
+        check_equal("what was received", &found, expected)
     }
 
     fn check_snapshots(&self, stored: &Stored, model: &Model) -> Result<(), String> {

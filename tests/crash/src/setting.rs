@@ -7,11 +7,12 @@
 //! ```
 
 use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use pcow_format::medium::sim::{Moment, Sim, Tearing};
 use pcow_format::medium::{Directory, Domain, Site};
-use pcow_format::ops::{Base, NewImage, create_in};
+use pcow_format::ops::{self, Base, NewImage, Receive, create_in};
 use pcow_format::{BaseDirs, Cluster, ClusterSize, Environment, Image, Stored, VirtualSize, map};
 use uuid::Uuid;
 
@@ -250,6 +251,31 @@ pub fn try_open(sim: &Sim, name: &str, boot: u128) -> pcow_format::Result<Image>
         .open_dir(name)
         .expect("the image's directory exists");
     Image::load(dir, environment(sim, boot))
+}
+
+/// How far an image was received; `None` if none is being received.
+pub fn received(sim: &Sim, name: &str, boot: u128) -> Result<Option<u64>, String> {
+    let top = sim.top();
+    let env = environment(sim, boot);
+    let place = receive_place(top.as_ref(), name, &env);
+    let unfinished = ops::unfinished_in(&place);
+    let unfinished = unfinished.map_err(|e| format!("{name}, received: {}", text(e)))?;
+    Ok(unfinished.map(|u| u.header.start))
+}
+
+/// Where an image is received.
+pub fn receive_place<'a>(
+    top: &'a dyn Directory,
+    name: &'a str,
+    env: &'a Environment,
+) -> Receive<'a> {
+    Receive {
+        parent: top,
+        name,
+        path: Path::new(name),
+        env,
+        rename: None,
+    }
 }
 
 /// Looks at an image without opening it for writing.

@@ -4,6 +4,7 @@
 mod guest;
 mod offline;
 mod operations;
+mod stream;
 mod tree;
 
 use std::ops::Range;

@@ -60,6 +60,8 @@ pub static OPERATIONS: &[Operation] = &[
     operation("rebase, copying", 1, |r| r.rebase_by_copy()),
     operation("clone that fails", 1, |r| r.failing_clone()),
     operation("clone", 1, |r| r.clone_image()),
+    operation("receive", 1, |r| r.receive()),
+    operation("receive a new image", 1, |r| r.receive_new()),
     operation("write", 1, |r| r.write()),
     operation("write zeros", 1, |r| r.write_zeros()),
     operation("compact", 1, |r| r.compact()),
