@@ -20,6 +20,12 @@ const VIRSH: &str = "#!/bin/sh
 echo \"$3 $(pcow-img list vm.pcow | grep -c '^○')\" >> agent
 ";
 
+/// Each backup is made on another day.
+const DATE: &str = "#!/bin/sh
+echo day >> days
+echo 2026-01-$(wc -l < days)
+";
+
 /// The shell blocks under the recipe's heading.
 fn blocks() -> Vec<&'static str> {
     let (_, recipe) = DOCUMENT
@@ -42,9 +48,11 @@ impl Place {
         scratch.image("vm.pcow", 64 * MIB, 65536);
         let tools = scratch.path("tools");
         std::fs::create_dir(&tools).unwrap();
-        let virsh = tools.join("virsh");
-        std::fs::write(&virsh, VIRSH).unwrap();
-        std::fs::set_permissions(&virsh, std::fs::Permissions::from_mode(0o755)).unwrap();
+        for (name, script) in [("virsh", VIRSH), ("date", DATE)] {
+            let tool = tools.join(name);
+            std::fs::write(&tool, script).unwrap();
+            std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
         let others = std::env::var("PATH").unwrap_or_default();
         let own = program("pcow-img");
         let own = own.parent().unwrap().display().to_string();
