@@ -1,10 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Random sequences of everything that changes an image, against a plain oracle: the bytes of the disk and of each snapshot.
-//! After each operation the image is checked, and what it shows is compared.
-//!
-//! `PCOW_MODEL_OPERATIONS` says how many operations (the long form has 100,000), `PCOW_MODEL_SEED` where to begin. A failure
-//! names its seed and the operations that led to it.
-#![allow(missing_docs, clippy::unwrap_used)]
+//! An image under a sequence of operations, beside plain bytes that tell what it and its snapshots must show. Where the
+//! operations come from is a matter of [`Random`]: chance, or the bytes of a fuzzer, which includes this file.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,18 +17,30 @@ const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 /// Snapshots above this number are deleted again.
 const MAX_SNAPSHOTS: usize = 6;
-/// Operations of one image; then there is another one.
-const SEQUENCE: u64 = 250;
 
-/// xorshift64*.
-struct Random(u64);
+/// What is chosen next.
+enum Random {
+    /// By chance: xorshift64*.
+    Seeded(u64),
+    /// By these bytes, in reverse order; zeros when they are used up.
+    Given(Vec<u8>),
+}
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+        match self {
+            Random::Seeded(state) => {
+                *state ^= *state >> 12;
+                *state ^= *state << 25;
+                *state ^= *state >> 27;
+                state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+            }
+            Random::Given(bytes) => {
+                let mut raw = [0; 8];
+                raw[..3].fill_with(|| bytes.pop().unwrap_or(0));
+                u64::from_le_bytes(raw)
+            }
+        }
     }
 
     fn below(&mut self, end: u64) -> u64 {
@@ -41,6 +49,10 @@ impl Random {
 
     fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == 0
+    }
+
+    fn is_used_up(&self) -> bool {
+        matches!(self, Random::Given(bytes) if bytes.is_empty())
     }
 }
 
@@ -81,7 +93,8 @@ impl Disk {
     }
 }
 
-struct Run {
+/// An image, and what it must show.
+pub struct Run {
     dir: tempfile::TempDir,
     random: Random,
     image: Option<Image>,
@@ -112,17 +125,38 @@ fn cluster(random: &mut Random) -> u64 {
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
+    /// Operations by chance.
+    pub fn by_chance(seed: u64) -> Self {
+        let random = Random::Seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        Self::new(random, format!("seed {seed}"))
+    }
+
+    /// Does what `program` says, and looks at everything after each operation.
+    ///
+    /// # Panics
+    /// If the image shows something else than it must, or is not sound.
+    pub fn follow(program: &[u8]) {
+        let bytes = program.iter().rev().copied().collect();
+        let mut run = Self::new(Random::Given(bytes), "a program".to_owned());
+        while !run.random.is_used_up() {
+            run.step();
+            if let Err(what) = run.verify() {
+                panic!("{what}");
+            }
+        }
+    }
+
+    fn new(random: Random, origin: String) -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
         let mut run = Self {
             dir: dir.unwrap(),
-            random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
+            random,
             image: None,
             path: PathBuf::new(),
             disk: Disk::empty(0),
             snapshots: BTreeMap::new(),
             bases: Vec::new(),
-            log: vec![format!("seed {seed}")],
+            log: vec![origin],
             clones: 0,
         };
         run.make_bases();
@@ -190,7 +224,8 @@ impl Run {
         (start, (start + length).min(self.disk.size))
     }
 
-    fn step(&mut self) {
+    /// Performs an operation.
+    pub fn step(&mut self) {
         match self.random.below(40) {
             0..=7 => self.write(),
             8..=11 => self.write_zeros(),
@@ -367,7 +402,7 @@ impl Run {
     }
 
     /// The image is sound, and it and all snapshots show what they must.
-    fn verify(&mut self) -> Result<(), String> {
+    pub fn verify(&mut self) -> Result<(), String> {
         let stored = Stored::open(&self.path, &[]).unwrap();
         let report = check(&stored).unwrap();
         if !report.corruptions.is_empty() || !report.unchecked.is_empty() {
@@ -423,24 +458,4 @@ fn same(view: &View, disk: &Disk, what: &str) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    let text = std::env::var(variable).ok();
-    text.map_or(default, |t| t.parse().unwrap())
-}
-
-#[test]
-fn an_image_shows_what_a_plain_array_of_bytes_would() {
-    let operations = number("PCOW_MODEL_OPERATIONS", 1000);
-    let first = number("PCOW_MODEL_SEED", 1);
-    for seed in first..first + operations.div_ceil(SEQUENCE) {
-        let mut run = Run::new(seed);
-        for _ in 0..SEQUENCE.min(operations) {
-            run.step();
-            if let Err(what) = run.verify() {
-                panic!("{what}");
-            }
-        }
-    }
 }
