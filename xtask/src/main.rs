@@ -13,6 +13,7 @@ mod cache;
 mod crash;
 mod demo;
 mod error;
+mod fuzz;
 mod guest;
 mod initramfs;
 mod lab;
@@ -57,6 +58,8 @@ enum Task {
     Lab(lab::Arguments),
     /// Search for crashes that break a promise of the image format
     Crash(crash::Arguments),
+    /// Feed what comes from outside with what nobody thought of
+    Fuzz(fuzz::Arguments),
     /// Measure what pcow costs, and print tables
     Bench(bench::Arguments),
     /// Kill the backend again and again under load, and count what is wrong afterwards
@@ -85,6 +88,7 @@ impl Task {
             Self::Guest(arguments) => guest::command(&cache, &arguments),
             Self::Lab(arguments) => lab::command(&cache, &arguments),
             Self::Crash(arguments) => crash::command(&arguments),
+            Self::Fuzz(arguments) => fuzz::command(&arguments),
             Self::Bench(arguments) => bench::command(&cache, &arguments),
             Self::Soak(arguments) => soak::command(&arguments),
             Self::Demo(arguments) => demo::command(&cache, &arguments),
