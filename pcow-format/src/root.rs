@@ -518,7 +518,14 @@ mod tests {
     fn root() -> Root {
         let layers = vec![layer(1, Some(2)), layer(2, None)];
         let mut root = Root::new(Uuid::from_u128(9), 65536, Uuid::from_u128(1), layers);
-        root.add_snapshot("first", Uuid::from_u128(2), 5).unwrap();
+        root.add_known_snapshot(Snapshot {
+            uuid: Uuid::from_u128(7),
+            number: 1,
+            name: "first".into(),
+            layer: Uuid::from_u128(2),
+            time: 5,
+        })
+        .unwrap();
         root
     }
 

@@ -68,7 +68,12 @@ fn run_of(target: &str, program: PathBuf, seconds: u64) -> Result<Command> {
     let mut command = Command::new(program);
     command.arg(format!("-max_total_time={seconds}"));
     command.args(["-timeout=60", "-rss_limit_mb=4096", "-max_len=65536"]);
-    command.args(["-len_control=20", "-print_funcs=0", "-verbosity=0", "-print_final_stats=1"]);
+    command.args([
+        "-len_control=20",
+        "-print_funcs=0",
+        "-verbosity=0",
+        "-print_final_stats=1",
+    ]);
     command.arg(format!("-artifact_prefix={}/", artifacts.display()));
     // New inputs go into the first folder.
     command.arg(found).arg(fuzz.join("corpus").join(target));

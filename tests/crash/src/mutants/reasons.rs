@@ -65,6 +65,14 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
     ("delete.mark.unlink", "gives a name back"),
     ("layer.unlink", "gives space back"),
     ("sweep.part.unlink", "gives space back"),
+    (
+        "receive.done.unlink",
+        "gives a name back that means nothing in an image that has its own",
+    ),
+    (
+        "receive.progress.unlink",
+        "for a note after one that was cut off in the same partial image",
+    ),
 ];
 
 /// Calls after which something is durable, and renames, which make it count.
