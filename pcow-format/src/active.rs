@@ -179,14 +179,18 @@ impl Active {
         if self.ready().all(run) {
             return Ok(());
         }
+        self.give_storage(run)?;
+        self.ready().set_spare(run);
+        Ok(())
+    }
+
+    fn give_storage(&self, run: ClusterRange) -> Result<()> {
         let range = self.cluster.byte_range(run);
         match self.domain {
             Domain::PageCache => self.prepare_in_page_cache(range),
             Domain::Dax => self.prepare_on_dax(range),
         }
-        .context(|| format!("cannot reserve space in layer {}", self.name))?;
-        self.ready().set(run, true);
-        Ok(())
+        .context(|| format!("cannot reserve space in layer {}", self.name))
     }
 
     fn prepare_in_page_cache(&self, range: Range<u64>) -> std::io::Result<()> {
@@ -215,7 +219,10 @@ impl Active {
     /// # Errors
     /// `NoSpace` or `Io`; the clusters are still absent then.
     pub fn allocate(&self, run: ClusterRange) -> Result<()> {
-        self.prepare(run)?;
+        if !self.ready().all(run) {
+            self.give_storage(run)?;
+            self.ready().set(run, true);
+        }
         self.mark_data(run)
     }
 
@@ -399,6 +406,7 @@ impl Active {
     }
 
     fn mark_data(&self, run: ClusterRange) -> Result<()> {
+        self.ready().used(run);
         match self.domain {
             Domain::PageCache => self.set_words(run, State::Live),
             Domain::Dax => self.set_words(run, State::Data),

@@ -154,7 +154,7 @@ impl Cut {
     /// Goes on, with `layer` as the active layer, which is another one now.
     pub fn go_on_with(mut self, layer: [u8; 16]) {
         let s = Arc::clone(&self.shared);
-        // What was prepared ahead lies in the sealed layer.
+        // What was prepared ahead went with the sealed layer.
         s.preparer.reset();
         // Before the first fault is answered, so that a refusal is not met there first.
         if let Err(e) = s.channel.register(s.disk.as_ref(), FileKey::Active) {

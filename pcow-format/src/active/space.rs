@@ -19,22 +19,13 @@ impl Active {
     /// # Errors
     /// `Io`; only space is lost then.
     pub fn give_back_prepared(&self) -> Result<()> {
-        let ready = self.ready().runs();
-        for run in ready {
-            let mut start = run.start;
-            let states = self.states(run)?;
-            for group in states.chunk_by(|a, b| a == b) {
-                let piece = ClusterRange::new(start, start + units::bytes(group.len()));
-                if group[0] == State::Absent {
-                    self.ready().set(piece, false);
-                    let range = self.cluster.byte_range(piece);
-                    // I3: absent clusters are shown by nobody, so no order is needed.
-                    self.data
-                        .punch(Site("active.give_back.punch"), range)
-                        .context(|| format!("cannot give back space of layer {}", self.name))?;
-                }
-                start = piece.end;
-            }
+        let spare = self.ready().spare();
+        for run in spare {
+            self.ready().set(run, false);
+            // I3: absent clusters are shown by nobody, so no order is needed.
+            self.data
+                .punch(Site("active.give_back.punch"), self.cluster.byte_range(run))
+                .context(|| format!("cannot give back space of layer {}", self.name))?;
         }
         Ok(())
     }

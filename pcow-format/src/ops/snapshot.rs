@@ -284,6 +284,8 @@ impl Image {
     fn prove_and_flush(&mut self, layer: Uuid, checksum: Checksum) -> Result<Proof> {
         let name = data_name(layer);
         let context = || format!("cannot seal {name}");
+        // Nobody could use it in a sealed layer. If this fails, space is lost there, and 'check' says so.
+        let _ = self.active.give_back_prepared();
         let reader = self.directory().open(&name, Access::Read);
         let reader = reader.context(context)?;
         self.active.close_for_writing(reader);
