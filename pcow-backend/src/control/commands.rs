@@ -151,7 +151,7 @@ impl Operator {
             snapshot::take(&self.offer, &self.disk, name.as_deref(), deadline)
         };
         self.write_checksums();
-        let (number, proof) = taken.map_err(|reason| {
+        let taken = taken.map_err(|reason| {
             log::warn!("no snapshot: {reason}");
             let reason = reason.to_string();
             self.events().tell(&Event::SnapshotFailed {
@@ -159,14 +159,24 @@ impl Operator {
             });
             Refusal::new(reason)
         })?;
+        let snapshot::Taken {
+            number,
+            proof,
+            times,
+        } = taken;
         let root = self.disk.root();
         let taken = root.snapshot(&number.to_string()).map_err(refusal)?;
-        log::info!("snapshot {number} '{}' taken", taken.name);
+        log::info!("snapshot {number} '{}' taken: {times:?}", taken.name);
         self.events().tell(&Event::SnapshotCreated {
             number,
             name: taken.name.clone(),
         });
-        Ok(json!({ "snapshot": snapshot_row(taken), "layer": taken.layer, "proof": proof }))
+        Ok(json!({
+            "snapshot": snapshot_row(taken),
+            "layer": taken.layer,
+            "proof": proof,
+            "times-us": times_row(&times),
+        }))
     }
 
     fn snapshot_delete(&self, mut arguments: Arguments) -> Answer {
@@ -206,6 +216,18 @@ impl Operator {
         self.offer.flush().map_err(refusal)?;
         Ok(json!({}))
     }
+}
+
+fn times_row(times: &snapshot::Times) -> Value {
+    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    json!({
+        "prepare": us(times.prepare),
+        "quiesce": us(times.cut.quiesce),
+        "drain": us(times.cut.drain),
+        "reset": us(times.cut.reset),
+        "seal": us(times.seal),
+        "resume": us(times.resume),
+    })
 }
 
 fn refusal(error: pcow_format::Error) -> Refusal {

@@ -17,7 +17,7 @@ use pcow_format::root::Proof;
 
 use crate::connection::{Offer, chain};
 use crate::disk::{Disk, WritableDisk};
-use crate::service::Cut;
+use crate::service::{Cut, CutTimes};
 
 /// How often a cut is made before a writer that does not go is believed in.
 ///
@@ -57,12 +57,45 @@ impl fmt::Display for Failed {
     }
 }
 
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Taken {
+    /// Its number.
+    pub number: u64,
+    /// How it was made sure that nobody writes to the sealed layer any more.
+    pub proof: Proof,
+    /// How long its steps took.
+    pub times: Times,
+}
+
+/// How long the steps of a snapshot took, as above.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// Step 0.
+    pub prepare: Duration,
+    /// Step 1; nothing without a frontend.
+    pub cut: CutTimes,
+    /// Step 2.
+    pub seal: Duration,
+    /// Step 3.
+    pub resume: Duration,
+}
+
 /// Nobody can store into the disk.
 enum Quiet<'a> {
     /// A frontend waits.
     Cut(Box<Cut>),
     /// There is no frontend, and none gets in.
     Empty(Reserved<'a>),
+}
+
+impl Quiet<'_> {
+    fn times(&self) -> CutTimes {
+        match self {
+            Self::Cut(cut) => cut.times(),
+            Self::Empty(_) => CutTimes::default(),
+        }
+    }
 }
 
 /// The place of the frontend, which others wait for.
@@ -74,8 +107,7 @@ impl Drop for Reserved<'_> {
     }
 }
 
-/// Takes a snapshot; returns its number, and how it was made sure that nobody writes to the sealed layer any more. The
-/// caller sees to it that nobody else changes the layer tree.
+/// Takes a snapshot. The caller sees to it that nobody else changes the layer tree.
 ///
 /// # Errors
 /// Why there is none, or why it is not durable for certain. The guest goes on in either case.
@@ -84,7 +116,7 @@ pub fn take(
     disk: &WritableDisk,
     name: Option<&str>,
     deadline: Instant,
-) -> Result<(u64, Proof), Failed> {
+) -> Result<Taken, Failed> {
     offer.give_back(deadline.min(Instant::now() + GIVE_BACK));
     let mut attempt = 1;
     loop {
@@ -110,9 +142,12 @@ fn take_once(
     disk: &WritableDisk,
     name: Option<&str>,
     deadline: Instant,
-) -> Result<(u64, Proof), Failed> {
+) -> Result<Taken, Failed> {
+    let mut last = Instant::now();
+    let mut step = || std::mem::replace(&mut last, Instant::now()).elapsed();
     let prepared = disk.prepare_snapshot(name).map_err(Failed::Image)?;
     let number = prepared.number();
+    let prepare = step();
     // From before the cut until everything goes on: no other session begins.
     let _switching = offer.switching();
     let quiet = match quiet(offer, deadline) {
@@ -122,17 +157,30 @@ fn take_once(
             return Err(failed);
         }
     };
+    step();
+    let cut = quiet.times();
     let (_, before) = disk.identity();
     let taken = disk.take_snapshot(prepared);
     let (_, now) = disk.identity();
+    let seal = step();
     match quiet {
         Quiet::Cut(cut) if now != before => cut.go_on_with(now),
         // As it was.
         Quiet::Cut(cut) => drop(cut),
         Quiet::Empty(reserved) => drop(reserved),
     }
+    let times = Times {
+        prepare,
+        cut,
+        seal,
+        resume: step(),
+    };
     let proof = taken.map_err(Failed::Image)?;
-    Ok((number, proof))
+    Ok(Taken {
+        number,
+        proof,
+        times,
+    })
 }
 
 fn quiet(offer: &Offer, deadline: Instant) -> Result<Quiet<'_>, Failed> {

@@ -90,9 +90,21 @@ impl Quiesces {
     }
 }
 
+/// How long the steps of a cut took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CutTimes {
+    /// Until device I/O was held.
+    pub quiesce: Duration,
+    /// Until nobody was at work on a fault.
+    pub drain: Duration,
+    /// Until nothing was mapped.
+    pub reset: Duration,
+}
+
 /// See above. Dropping it lets everything go on as it was.
 #[derive(Debug)]
 pub struct Cut {
+    times: CutTimes,
     shared: Arc<Shared>,
     quiesce: Option<Quiesce>,
     hold: Option<Hold>,
@@ -113,13 +125,17 @@ impl Cut {
             let what = "make a cut while the guest waits for something, most often for space";
             return Err(Error::refused(what, libc::EBUSY));
         }
+        let mut last = Instant::now();
+        let mut step = || std::mem::replace(&mut last, Instant::now()).elapsed();
         let mut cut = Self {
+            times: CutTimes::default(),
             quiesce: Some(Quiesce::begin(&shared, deadline)?),
             hold: None,
             shared,
         };
         let shared = &cut.shared;
         shared.quiesces.wait(deadline + GRACE)?;
+        cut.times.quiesce = step();
         let hold = shared.board.hold(deadline);
         cut.hold = Some(hold.ok_or_else(|| {
             Error::new(
@@ -127,8 +143,15 @@ impl Cut {
                 "wait for the faults that are under way",
             )
         })?);
+        cut.times.drain = step();
         cut.reset()?;
+        cut.times.reset = step();
         Ok(cut)
+    }
+
+    /// How long it took to make it.
+    pub fn times(&self) -> CutTimes {
+        self.times
     }
 
     fn reset(&self) -> Result<()> {

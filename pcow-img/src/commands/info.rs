@@ -2,6 +2,7 @@
 //! `info`: what an image is, what it takes, what it is made of and what it promises.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -15,7 +16,7 @@ use uuid::Uuid;
 
 use crate::cli::Global;
 use crate::console::Console;
-use crate::failure::{Doing, Failure, one_line};
+use crate::failure::{Doing, Failure, Status, one_line};
 use crate::layers::{self, LayerInfo};
 use crate::live::Backend;
 use crate::open;
@@ -27,6 +28,9 @@ use crate::snapshots::SnapshotInfo;
 pub struct Info {
     /// The image
     image: PathBuf,
+    /// Show every base outside of the image's directory, too, the uppermost first; in JSON, an array
+    #[arg(long, alias = "backing-chain")]
+    chain: bool,
 }
 
 /// The answer of `info`. Fields that `qemu-img info` has, too, mean the same.
@@ -154,14 +158,105 @@ impl Info {
     /// Shows the image.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
         let stored = open::for_reading(&self.image, &global.base_dirs, PURPOSE)?;
-        let mut info = ImageInfo::new(&stored, &self.image)
-            .doing(|| format!("{PURPOSE} {}", self.image.display()))?;
+        let mut info = ImageInfo::of(&stored, &self.image)?;
         info.backend = Backend::find_to_ask(&self.image, global).and_then(BackendInfo::new);
-        console.show(&info)
+        if !self.chain {
+            return console.show(&info);
+        }
+        let bases: Vec<_> = info
+            .bases
+            .iter()
+            .filter_map(|base| Some((base.format, base.filename.clone()?)))
+            .collect();
+        let mut links = vec![Link::Image(Box::new(info))];
+        for (format, path) in bases {
+            links.push(if format == "raw" {
+                Link::Raw(RawInfo::of(&path)?)
+            } else {
+                let stored = open::for_reading(&path, &global.base_dirs, PURPOSE)?;
+                Link::Image(Box::new(ImageInfo::of(&stored, &path)?))
+            });
+        }
+        console.show(&Links(links))
+    }
+}
+
+/// An image and what lies below it.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+struct Links(Vec<Link>);
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Link {
+    Image(Box<ImageInfo>),
+    Raw(RawInfo),
+}
+
+/// A base that is a file of bytes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct RawInfo {
+    /// The file.
+    filename: PathBuf,
+    /// Always `raw`.
+    format: &'static str,
+    /// Its size in bytes.
+    virtual_size: u64,
+    /// Bytes that it takes.
+    actual_size: u64,
+}
+
+impl RawInfo {
+    fn of(path: &Path) -> Result<Self, Failure> {
+        let status = path.metadata().map_err(|e| Failure::Refused {
+            message: format!("{PURPOSE} {}: {e}", path.display()),
+            advice: None,
+            status: Status::Failed,
+        })?;
+        Ok(Self {
+            filename: path.to_owned(),
+            format: "raw",
+            virtual_size: status.len(),
+            actual_size: status.blocks() * 512,
+        })
+    }
+}
+
+impl fmt::Display for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, link) in self.0.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            match link {
+                Link::Image(info) => info.fmt(f)?,
+                Link::Raw(info) => info.fmt(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for RawInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, text: &dyn fmt::Display| writeln!(f, "{name:<17} {text}");
+        let size = self.virtual_size;
+        row("image:", &self.filename.display())?;
+        row("format:", &self.format)?;
+        row(
+            "virtual size:",
+            &format_args!("{} ({size} bytes)", Bytes(size)),
+        )?;
+        row("size on disk:", &Bytes(self.actual_size))
     }
 }
 
 impl ImageInfo {
+    fn of(stored: &Stored, path: &Path) -> Result<Self, Failure> {
+        Self::new(stored, path).doing(|| format!("{PURPOSE} {}", path.display()))
+    }
+
     fn new(stored: &Stored, path: &Path) -> pcow_format::Result<Self> {
         let root = stored.root();
         let active = root.active_layer()?;

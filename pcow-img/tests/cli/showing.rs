@@ -33,6 +33,39 @@ fn with_branches() -> Sandbox {
 }
 
 #[test]
+fn info_shows_the_whole_chain_of_files_outside_of_the_image() {
+    let s = Sandbox::new();
+    std::fs::write(s.path("disk.raw"), vec![1; 4 << 20]).unwrap();
+    s.ok(&[
+        "create",
+        "base",
+        "--base",
+        "disk.raw",
+        "--base-format",
+        "raw",
+    ]);
+    s.store("base", 0, 2);
+    s.ok(&["create", "vm", "--base", "base", "--reference"]);
+    let chain = s.json(&["info", "--chain", "vm"]);
+    let named = |name: &str| s.path(name).canonicalize().unwrap().display().to_string();
+    let seen: Vec<_> = chain.as_array().unwrap().iter().collect();
+    assert_eq!(seen[0], &s.json(&["info", "vm"]));
+    assert_eq!(
+        (&seen[1]["filename"], &seen[1]["format"]),
+        (&json!(named("base")), &json!("pcow"))
+    );
+    let raw = json!({ "filename": named("disk.raw"), "format": "raw", "virtual-size": 4 << 20, "actual-size": 4 << 20 });
+    assert_eq!((seen[2], seen.len()), (&raw, 3));
+    let text = s.ok(&["info", "--backing-chain", "vm"]);
+    assert!(
+        text.contains("\n\nimage:            ") && text.contains("raw"),
+        "{text}"
+    );
+    std::fs::rename(s.path("base"), s.path("gone")).unwrap();
+    s.refused(&["info", "--chain", "vm"], 1, &["base"]);
+}
+
+#[test]
 fn info_has_the_documented_fields() {
     let s = with_branches();
     let info = s.json(&["info", "vm"]);

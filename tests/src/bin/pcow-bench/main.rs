@@ -6,12 +6,14 @@
 mod faults;
 mod fill;
 mod floor;
+mod hold;
 mod place;
 mod start;
 mod stats;
 mod warm;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -45,22 +47,27 @@ pub struct Effort {
     pub touches: usize,
     /// Starts of a backend for each image.
     pub starts: usize,
+    /// How long is looked at what happens before and after a snapshot.
+    pub window: Duration,
 }
 
 const QUICK: Effort = Effort {
     rounds: 7,
     touches: 300,
     starts: 10,
+    window: Duration::from_secs(10),
 };
 const RATIOS: Effort = Effort {
     rounds: 3,
     touches: 100,
     starts: 0,
+    window: Duration::ZERO,
 };
 const LONG: Effort = Effort {
     rounds: 15,
     touches: 2000,
     starts: 30,
+    window: Duration::from_secs(10),
 };
 
 fn main() {
@@ -91,6 +98,7 @@ fn main() {
         start::report(place, &effort);
         println!();
     }
+    snapshots(&places, &effort);
     println!("A region in which everything is mapped (goal: ratio at least 0.98, no event):\n");
     for place in &places {
         warm::report(place, &effort);
@@ -108,6 +116,25 @@ fn faults(places: &[Place], effort: &Effort) {
     for place in places {
         faults::report(place, effort);
     }
+}
+
+fn snapshots(places: &[Place], effort: &Effort) {
+    println!(
+        "How long a live snapshot holds faults and I/O, in microseconds, medians (goal: at most twice a bare mremap of the same \
+         region and 1 ms; elsewhere than on tmpfs two syncs more):\n"
+    );
+    hold::head();
+    for place in places {
+        hold::report(place, effort);
+    }
+    println!(
+        "\nA thread that goes over everything mapped again and again, before and after a snapshot:\n"
+    );
+    hold::head_after(effort.window);
+    for place in places {
+        hold::report_after(place, effort.window);
+    }
+    println!();
 }
 
 fn measured_on(places: &[Place; 2], effort: &Effort) {
