@@ -136,7 +136,15 @@ impl Create {
             base,
         };
         let created = create(wanted.image, &new, self.preallocation, global)?;
-        console.confirm(&describe(wanted.image, created, global)?)
+        let info = describe(wanted.image, created, global)?;
+        let rest = info.virtual_size % STEP_OF_GUESTS;
+        if rest > 0 {
+            let (step, rest) = (Bytes(STEP_OF_GUESTS), Bytes(rest));
+            warn(&format!(
+                "Linux takes memory in steps of {step}: a guest may not see the last {rest}"
+            ));
+        }
+        console.confirm(&info)
     }
 
     /// Puts an option of `-o` where the one with its own name goes.
@@ -341,15 +349,6 @@ impl fmt::Display for NewImageInfo {
             Bytes(self.virtual_size),
             Bytes(self.cluster_size)
         )?;
-        let rest = self.virtual_size % STEP_OF_GUESTS;
-        if rest > 0 {
-            let step = Bytes(STEP_OF_GUESTS);
-            writeln!(
-                f,
-                "guests take memory in steps of {step}: the last {} may be out of reach",
-                Bytes(rest)
-            )?;
-        }
         if let Some(name) = &self.sealed_base_as {
             writeln!(f, "the base's present state is now its snapshot '{name}'")?;
         }

@@ -19,6 +19,19 @@ fn an_image_of_128_gib_takes_less_than_4_mib() {
 }
 
 #[test]
+fn a_size_that_a_guest_may_not_see_whole_is_warned_of() {
+    let s = Sandbox::new();
+    let odd = s.run(&["create", "-q", "odd", "200M"]);
+    odd.expect(odd.code() == 0 && odd.stdout().is_empty(), "success");
+    odd.expect(
+        odd.stderr().contains("warning: ") && odd.stderr().contains("72 MiB"),
+        "a warning",
+    );
+    let even = s.run(&["create", "even", "256M"]);
+    even.expect(even.code() == 0 && even.stderr().is_empty(), "none");
+}
+
+#[test]
 fn the_older_command_line_means_kib_and_gib_and_a_base() {
     let s = Sandbox::new();
     s.ok(&["create", "64", "128", "my_first_pcow.img"]);
