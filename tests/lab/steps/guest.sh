@@ -118,7 +118,7 @@ guest() {
 
 # told KEY: what follows "KEY: " on the line of the guest's console that begins so.
 told() {
-    tr -d '\r' </tmp/guest.log | sed -n "s/^$1: //p"
+    tr -d '\r' </tmp/guest.log | sed -n "s|^$1: ||p"
 }
 
 # logged TEXT LOG: the number before TEXT in a backend's log of one session.
