@@ -28,4 +28,4 @@ guest_io records count /mnt/second 2
 guest_io records count /mnt/third 3
 umount /mnt
 # A filesystem goes on after some errors, and only says so.
-! dmesg | grep -iE 'ext4-fs (error|warning)|i/o error|hardware error|bug:|oops'
+! dmesg | grep -E 'EXT4-fs (error|warning)|I/O error|[Hh]ardware [Ee]rror|BUG:|Oops'

@@ -47,7 +47,7 @@ mount -o dax /dev/pmem0 /mnt
     }
     // A filesystem goes on after some errors, and only says so.
     script
-        + "umount /mnt\n! dmesg | grep -iE 'ext4-fs (error|warning)|i/o error|hardware error|bug:|oops'\n"
+        + "umount /mnt\n! dmesg | grep -E 'EXT4-fs (error|warning)|I/O error|[Hh]ardware [Ee]rror|BUG:|Oops'\n"
 }
 
 /// Has all writers write until there is a line on the console.
