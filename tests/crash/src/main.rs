@@ -34,6 +34,9 @@ struct Arguments {
     /// How many states are to differ after recovery
     #[arg(long)]
     states: Option<u64>,
+    /// Leave out the short workloads, all of which are tried otherwise
+    #[arg(long)]
+    no_short: bool,
     /// Put faults into the format, one at a time, and say whether the search finds them
     #[arg(long)]
     mutants: bool,
@@ -145,7 +148,7 @@ fn search_all(
     settings: &[Setting],
     recovered: &Recovered,
 ) -> Result<(), Box<Violation>> {
-    for setting in settings {
+    for setting in settings.iter().filter(|_| !arguments.no_short) {
         let (start, before) = (Instant::now(), recovered.count());
         let stats = explore_short(limits(setting.scene.name), setting, recovered)?;
         say(
