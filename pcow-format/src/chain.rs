@@ -345,11 +345,14 @@ impl Chain {
     fn resolve_block(&self, number: u64) -> Result<Vec<u16>> {
         let mut owners = vec![NOBODY; GRANULES_PER_BLOCK];
         let first = number * units::bytes(GRANULES_PER_BLOCK);
-        let mut open: Vec<usize> = (0..GRANULES_PER_BLOCK).collect();
         let start = self.granule.offset_of(Cluster(first));
         let block_end = self
             .granule
             .offset_of(Cluster(first + units::bytes(GRANULES_PER_BLOCK)));
+        // What does not show through the first layer shows through none.
+        let shown = self.limits.first().map_or(start, |l| block_end.min(*l));
+        let shown = self.granule.clusters_in(shown.saturating_sub(start));
+        let mut open: Vec<usize> = (0..units::len(shown)).collect();
         for (depth, layer) in self.layers.iter().enumerate() {
             let end = block_end.min(self.limits[depth]);
             if open.is_empty() || start >= end {

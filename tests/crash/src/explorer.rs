@@ -5,11 +5,14 @@
 //! to a bound, and a seeded sample above it. Recovery from a power cut is itself cut at each of its acts. After a death
 //! the image is used, flushed and cut once more.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use pcow_format::medium::Site;
 use pcow_format::medium::sim::{Choice, Moment, Sim};
 
+mod contents;
+
+use crate::digest::{Digest, DigestSet};
 use crate::oracle::{End, Survivor, Use, judge, use_and_flush};
 use crate::random::{Random, newest};
 use crate::search::Recovered;
@@ -30,6 +33,8 @@ pub struct Limits {
     pub uses: usize,
     /// One in so many states is used and crashed again; 1 for each.
     pub depth: usize,
+    /// How many contents of the disk are looked at through one opening, where that is crashed again.
+    pub contents: usize,
 }
 
 /// What was done.
@@ -65,7 +70,7 @@ pub struct Explorer<'a> {
     recovered: &'a Recovered,
     random: Random,
     /// Fingerprints of the crash states of this workload.
-    seen: HashSet<u64>,
+    seen: DigestSet,
     /// What was done so far.
     pub stats: Stats,
 }
@@ -78,7 +83,7 @@ impl<'a> Explorer<'a> {
             limits,
             recovered,
             random: Random(0),
-            seen: HashSet::new(),
+            seen: DigestSet::default(),
             stats: Stats::default(),
         }
     }
@@ -209,8 +214,13 @@ impl<'a> Explorer<'a> {
             if !self.seen.insert(sim.fingerprint()) {
                 continue;
             }
-            if let Err(broken) = self.survive(&sim, expected, boot + 1) {
-                return Err(self.shrink(moment, &choices, picks, expected, boot, broken));
+            let mut cut = Cut {
+                moment,
+                choices: &choices,
+                picks,
+            };
+            if let Err(broken) = self.survive(&sim, Some(&mut cut), expected, boot + 1) {
+                return Err(self.shrink(cut, expected, boot, broken));
             }
         }
         Ok(())
@@ -224,7 +234,7 @@ impl<'a> Explorer<'a> {
             let sim = moment.process_death();
             let mut survivor = judge(self.setting, &sim, boot, expected, End::Killed)
                 .map_err(Broken::after("killed"))?;
-            self.count(&survivor);
+            self.count(survivor.digest);
             if survivor.marked {
                 return Ok(());
             }
@@ -243,25 +253,39 @@ impl<'a> Explorer<'a> {
             let cut = moment.power_cut(&choices, &picks);
             let survivor = judge(self.setting, &cut, boot + 1, expected, End::PowerCut)
                 .map_err(|e| Broken::after(describe(&moment, &choices, &picks))(e))?;
-            self.count(&survivor);
+            self.count(survivor.digest);
         }
         Ok(())
     }
 
     /// Recovery after a power cut, with crashes inside of it, and use of the image afterwards.
-    fn survive(&mut self, sim: &Sim, expected: &Expected, boot: u128) -> Result<(), Broken> {
+    fn survive(
+        &mut self,
+        sim: &Sim,
+        cut: Option<&mut Cut<'_>>,
+        expected: &Expected,
+        boot: u128,
+    ) -> Result<(), Broken> {
+        let deep = self.random.once_in(self.limits.depth);
+        if deep {
+            sim.record();
+            sim.watch();
+        }
         let mut survivor =
             judge(self.setting, sim, boot, expected, End::PowerCut).map_err(Broken::after(""))?;
-        self.count(&survivor);
-        if !self.random.once_in(self.limits.depth) {
+        self.count(survivor.digest);
+        if !deep {
             return Ok(());
+        }
+        if let Some(cut) = cut {
+            self.look_at_contents(cut, sim, &survivor, expected, boot)?;
         }
         let recovery = std::mem::take(&mut survivor.recovery);
         let recovered = survivor.expected();
         for moment in &recovery {
             let site = moment.act().site;
             *self.stats.sites.entry(("recovery", site)).or_default() += 1;
-            self.crash_again(moment, &recovered, boot)
+            self.crash_again(moment, &recovered, survivor.shape, boot)
                 .map_err(|b| b.preceded_by(format!("recovery up to {}", site.0)))?;
         }
         use_and_flush(self.setting, &mut survivor, Use::All).map_err(Broken::after("use"))
@@ -271,10 +295,12 @@ impl<'a> Explorer<'a> {
         &mut self,
         moment: &Moment,
         expected: &Expected,
+        shape: Digest,
         boot: u128,
     ) -> Result<(), Broken> {
         let dead = moment.process_death();
-        judge(self.setting, &dead, boot, expected, End::Killed).map_err(Broken::after("killed"))?;
+        let killed = judge(self.setting, &dead, boot, expected, End::Killed);
+        same_shape(killed, shape).map_err(Broken::after("killed"))?;
         let choices = moment.choices();
         for picks in self.combinations(&choices, self.limits.nested, self.limits.nested) {
             let sim = moment.power_cut(&choices, &picks);
@@ -282,16 +308,16 @@ impl<'a> Explorer<'a> {
                 continue;
             }
             let judged = judge(self.setting, &sim, boot + 1, expected, End::PowerCut);
-            let survivor =
-                judged.map_err(|e| Broken::after(describe(moment, &choices, &picks))(e))?;
-            self.count(&survivor);
+            let survivor = same_shape(judged, shape)
+                .map_err(|e| Broken::after(describe(moment, &choices, &picks))(e))?;
+            self.count(survivor.digest);
         }
         Ok(())
     }
 
-    fn count(&mut self, survivor: &Survivor) {
+    fn count(&mut self, digest: u64) {
         self.stats.states += 1;
-        self.recovered.note(survivor.digest);
+        self.recovered.note(digest);
     }
 
     /// Every combination of outcomes if there are at most `exhaustive`, else `samples` of them.
@@ -305,7 +331,8 @@ impl<'a> Explorer<'a> {
             .iter()
             .try_fold(1usize, |product, c| product.checked_mul(c.options()));
         if total.is_some_and(|t| t <= exhaustive) {
-            return all_combinations(choices);
+            let options: Vec<_> = choices.iter().map(Choice::options).collect();
+            return all_combinations(&options);
         }
         let mut chosen = vec![vec![0; choices.len()], newest(choices)];
         while chosen.len() < samples {
@@ -329,32 +356,47 @@ impl<'a> Explorer<'a> {
     /// Lets survive what need not be lost for the promise to be broken.
     fn shrink(
         &mut self,
-        moment: &Moment,
-        choices: &[Choice],
-        mut picks: Vec<usize>,
+        mut cut: Cut<'_>,
         expected: &Expected,
         boot: u128,
         mut broken: Broken,
     ) -> Broken {
-        for i in (0..choices.len()).take(MAX_SHRUNK) {
-            let mut fewer = picks.clone();
-            fewer[i] = choices[i].options() - 1;
+        for i in (0..cut.choices.len()).take(MAX_SHRUNK) {
+            let mut fewer = cut.picks.clone();
+            fewer[i] = cut.choices[i].options() - 1;
             self.seen.clear();
-            let sim = moment.power_cut(choices, &fewer);
-            if let Err(b) = self.survive(&sim, expected, boot + 1) {
-                (picks, broken) = (fewer, b);
+            let sim = cut.moment.power_cut(cut.choices, &fewer);
+            if let Err(b) = self.survive(&sim, None, expected, boot + 1) {
+                (cut.picks, broken) = (fewer, b);
             }
         }
-        broken.preceded_by(describe(moment, choices, &picks))
+        broken.preceded_by(describe(cut.moment, cut.choices, &cut.picks))
     }
 }
 
-fn all_combinations(choices: &[Choice]) -> Vec<Vec<usize>> {
+/// A power cut: what it decides, and how.
+struct Cut<'a> {
+    moment: &'a Moment,
+    choices: &'a [Choice],
+    picks: Vec<usize>,
+}
+
+/// A recovery that was cut off and made again ends as one that was not: so one that is cut off serves every content of the
+/// disk that the other one does.
+fn same_shape(judged: Result<Survivor, String>, shape: Digest) -> Result<Survivor, String> {
+    let survivor = judged?;
+    if survivor.shape == shape {
+        return Ok(survivor);
+    }
+    Err("a recovery that was cut off ends in another way than one that was not".to_owned())
+}
+
+fn all_combinations(options: &[usize]) -> Vec<Vec<usize>> {
     let mut all = vec![Vec::new()];
-    for choice in choices {
+    for options in options {
         let longer = |picks: &Vec<usize>| {
             let picks = picks.clone();
-            (0..choice.options()).map(move |o| [picks.clone(), vec![o]].concat())
+            (0..*options).map(move |o| [picks.clone(), vec![o]].concat())
         };
         all = all.iter().flat_map(longer).collect();
     }

@@ -10,11 +10,13 @@
 //! | `oracle` | the verdict on what a crash left |
 //! | `mutants` | formats with one fault each, which the search must find |
 //! | `errors` | calls that fail, each in every way |
+//! | `digest` | what tells states apart |
 //! | `search` | many workloads on two threads, and what they leave counted |
 //! | `violation` | a broken promise, and how to see it again |
 //!
 //! It knows the format and its simulated medium; it knows no socket, no fault and no QEMU.
 
+pub mod digest;
 pub mod errors;
 pub mod explorer;
 pub mod model;

@@ -2,14 +2,19 @@
 //! What an image must show: the naive oracle of the crash tests. Knows bytes and promises, no file and no medium.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher;
 use std::sync::Arc;
+
+use crate::digest::Digest;
 
 /// Size of the clusters of the image under test: two pages, so that a copied cluster can be written back in part.
 pub const CLUSTER_BYTES: u64 = 8 << 10;
 /// Bytes that are compared at once.
-const LINE_BYTES: usize = 64;
+const BLOCK_BYTES: usize = 512;
 /// Bytes of a store.
 pub const WORD_BYTES: usize = 8;
+/// More than the bytes of a cluster.
+const PLACES_PER_CLUSTER: usize = 1 << 20;
 
 /// What a tracked cluster is at first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +98,14 @@ pub static WIDE: Plan = Plan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents(pub Vec<Arc<Vec<u8>>>);
 
+impl Contents {
+    fn digest(&self) -> u64 {
+        let mut digest = Digest::default();
+        self.0.iter().for_each(|c| digest.write(c));
+        digest.finish()
+    }
+}
+
 /// A word of a tracked cluster: index in the [`Plan`] and byte offset in the cluster.
 pub type Place = (usize, usize);
 
@@ -172,13 +185,24 @@ pub fn check_equal(what: &str, found: &Contents, expected: &Contents) -> Result<
     Ok(())
 }
 
+/// What a snapshot must show.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Its number.
+    pub number: u64,
+    /// Its contents.
+    pub contents: Contents,
+    /// A digest of those.
+    pub digest: u64,
+}
+
 /// The image under test, and what was cloned from it.
 #[derive(Debug, Clone)]
 pub struct Model {
     /// Its disk.
     pub disk: Disk,
-    /// Number and contents of each snapshot.
-    pub snapshots: Vec<(u64, Contents)>,
+    /// The snapshots, oldest first.
+    pub snapshots: Vec<Snapshot>,
     /// Name and contents of each clone.
     pub clones: Vec<(String, Contents)>,
     /// A flush has failed: nobody may open the image for writing (I7).
@@ -205,9 +229,11 @@ impl Model {
     #[must_use]
     pub fn with_snapshot(&self) -> Self {
         let mut after = self.clone();
-        after
-            .snapshots
-            .push((self.next_snapshot, self.disk.now.clone()));
+        after.snapshots.push(Snapshot {
+            number: self.next_snapshot,
+            digest: self.disk.now.digest(),
+            contents: self.disk.now.clone(),
+        });
         after.next_snapshot += 1;
         after.disk.promise_all();
         after
@@ -217,7 +243,7 @@ impl Model {
     #[must_use]
     pub fn without_snapshot(&self, number: u64) -> Self {
         let mut after = self.clone();
-        after.snapshots.retain(|(n, _)| *n != number);
+        after.snapshots.retain(|s| s.number != number);
         after
     }
 
@@ -249,10 +275,10 @@ impl Model {
 }
 
 /// What kind of value a word holds, whatever the value is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
     /// Zero.
-    Zero,
+    Zero = 1,
     /// What was stored last.
     Newest,
     /// What was promised last.
@@ -262,9 +288,8 @@ pub enum Kind {
 }
 
 impl Disk {
-    /// The places where `found` is not as `first`, and what is there.
-    pub fn kinds(&self, found: &Contents, first: &Contents) -> Vec<(Place, Kind)> {
-        let mut kinds = Vec::new();
+    /// The places where `found` is not as `first`, and what kind of value is there.
+    pub fn hash_kinds(&self, found: &Contents, first: &Contents, digest: &mut impl Hasher) {
         for (index, (found, first)) in found.0.iter().zip(&first.0).enumerate() {
             for at in differing_words(found, first) {
                 let value = word(found, at);
@@ -277,22 +302,20 @@ impl Disk {
                 } else {
                     Kind::Older
                 };
-                kinds.push(((index, at), kind));
+                digest.write_usize((index * PLACES_PER_CLUSTER + at) * 8 + kind as usize);
             }
         }
-        kinds
+        digest.write_usize(usize::MAX);
     }
 }
 
-/// Page by page first: most are alike.
-fn differing_words<'a>(a: &'a [u8], b: &'a [u8]) -> Box<dyn Iterator<Item = usize> + 'a> {
-    if a == b {
-        return Box::new(std::iter::empty());
-    }
-    let lines = (0..a.len()).step_by(LINE_BYTES);
-    let lines = lines.filter(|at| a[*at..*at + LINE_BYTES] != b[*at..*at + LINE_BYTES]);
-    let words = lines.flat_map(|at| (at..at + LINE_BYTES).step_by(WORD_BYTES));
-    Box::new(words.filter(|at| word(a, *at) != word(b, *at)))
+/// Block by block first: most are alike.
+fn differing_words<'a>(a: &'a [u8], b: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+    let all = if a == b { 0 } else { a.len() };
+    let blocks = (0..all).step_by(BLOCK_BYTES);
+    let blocks = blocks.filter(|at| a[*at..*at + BLOCK_BYTES] != b[*at..*at + BLOCK_BYTES]);
+    let words = blocks.flat_map(|at| (at..at + BLOCK_BYTES).step_by(WORD_BYTES));
+    words.filter(|at| word(a, *at) != word(b, *at))
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Judges a filesystem after a crash: what must open, what must be there, what must not have changed.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Access, Domain, Site};
-use pcow_format::{Cluster, ErrorKind, FLUSH_FAILED_FILE, Image, Source, Stored, map, map_name};
+use pcow_format::{
+    Cluster, ErrorKind, FLUSH_FAILED_FILE, Image, Source, Stored, data_name, map, map_name,
+};
 use uuid::Uuid;
 
-use crate::model::{CLUSTER_BYTES, Contents, Model, Place, Role, check_equal};
+use crate::digest::Digest;
+use crate::model::{CLUSTER_BYTES, Contents, Model, Place, Role, Snapshot, check_equal};
 use crate::setting::{self, BYSTANDERS, Setting, text};
 use crate::workload::{Expected, other_base, store_word, write_back};
 
@@ -35,9 +38,18 @@ pub struct Survivor {
     /// A flush had failed, and somebody has removed the mark of it. Within the same boot nothing can be promised for
     /// what was not written since (M14).
     pub marked: bool,
-    /// What opening did.
+    /// What opening did, if that was to be recorded.
     pub recovery: Vec<Moment>,
-    /// A digest of layers, cluster states and contents, with payloads normalised.
+    /// Whether everything that was found so far, other than the bytes of the disk, was found without any byte of the
+    /// active layer's data file.
+    pub untouched: bool,
+    /// The models that agree with snapshots and clones: indices of those that were possible.
+    agreeing: Vec<usize>,
+    /// A digest of layers and cluster states: of all by which the images find the bytes that they show.
+    pub shape: Digest,
+    /// The same, and of what the other image shows.
+    before_contents: Digest,
+    /// The same, and of contents with payloads normalised.
     pub digest: u64,
 }
 
@@ -61,6 +73,17 @@ struct Case<'a> {
     end: End,
 }
 
+/// An image that was opened, and what was found in it.
+struct Opened<'m> {
+    image: Image,
+    marked: bool,
+    found: Contents,
+    /// Those of the possible models that agree with all but the disk, and the first that agrees with that, too.
+    agreeing: Vec<usize>,
+    model: &'m Model,
+    untouched: bool,
+}
+
 /// Opens the images as after `end` in boot number `boot`, and compares them with what is expected.
 pub fn judge(
     setting: &Setting,
@@ -75,55 +98,100 @@ pub fn judge(
         boot,
         end,
     };
-    let mut hasher = DefaultHasher::new();
-    setting.scene.name.hash(&mut hasher);
+    let (mut shape, mut beside) = (Digest::default(), Digest::default());
+    setting.scene.name.hash(&mut shape);
     let mut other = None;
-    sim.record();
     if let Some((name, model)) = &expected.other {
-        let (_, model, _) = case.judge_image(name, std::slice::from_ref(model), &mut hasher)?;
-        other = Some((*name, model));
+        let opened = case.open_and_compare(name, std::slice::from_ref(model), &mut shape)?;
+        hash_contents(&mut beside, setting, opened.model, &opened.found);
+        other = Some((*name, case.model_after(&opened)));
     }
-    let (image, model, marked) =
-        case.judge_image(expected.image, &expected.possible, &mut hasher)?;
+    let opened = case.open_and_compare(expected.image, &expected.possible, &mut shape)?;
+    let mut before_contents = shape;
+    before_contents.write_u64(beside.finish());
+    let mut digest = before_contents;
+    hash_contents(&mut digest, setting, opened.model, &opened.found);
     let recovery = sim.moments();
     case.check_bystanders()?;
     case.check_names()?;
     Ok(Survivor {
-        image,
         name: expected.image,
-        model,
+        model: case.model_after(&opened),
         other,
-        marked,
         recovery,
-        digest: hasher.finish(),
+        digest: digest.finish(),
+        marked: opened.marked,
+        agreeing: opened.agreeing,
+        untouched: opened.untouched,
+        shape,
+        before_contents,
+        image: opened.image,
     })
 }
 
+/// Reads the image again after bytes of its active data file were decided anew, and compares it with what is expected
+/// after a power cut. Everything that rests on no byte of that file is as [`judge`] found it. Returns the digest.
+pub fn judge_contents(
+    setting: &Setting,
+    survivor: &Survivor,
+    expected: &Expected,
+    found: &mut Contents,
+) -> Result<u64, String> {
+    let plan = setting.plan();
+    setting::read_again(plan, found, |at, buf| survivor.image.read(at, buf))?;
+    let mut refusals = Vec::new();
+    for model in survivor.agreeing.iter().map(|i| &expected.possible[*i]) {
+        match model.disk.check_after_cut(found) {
+            Ok(()) => {
+                let mut digest = survivor.before_contents;
+                hash_contents(&mut digest, setting, model, found);
+                return Ok(digest.finish());
+            }
+            Err(refusal) => refusals.push(refusal),
+        }
+    }
+    Err(refusals.join("; or "))
+}
+
 impl Case<'_> {
-    fn judge_image(
+    fn open_and_compare<'m>(
         &self,
         name: &str,
-        possible: &[Model],
-        hasher: &mut DefaultHasher,
-    ) -> Result<(Image, Model, bool), String> {
+        possible: &'m [Model],
+        shape: &mut Digest,
+    ) -> Result<Opened<'m>, String> {
         let plan = self.setting.plan();
         let (image, marked) = self.open(name)?;
         let stored = setting::stored(self.sim, name, self.boot)?;
-        let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
         let data_clusters = check_structure(&stored)?;
-        let model = self.find_model(&stored, possible, &found, marked)?;
+        let agreeing = self.agreeing(&stored, possible, marked)?;
         let words = self.words(&stored)?;
         let counted: u64 = words.iter().map(|w| u64::from(w.data_count())).sum();
         if counted != data_clusters {
             return Err(format!("{name}: clusters became data by themselves"));
         }
-        self.digest(hasher, &stored, &words, &found, model);
+        hash_shape(shape, &stored, &words);
+        let untouched = !self.sim.was_touched(data_inode(&image)?);
+        let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
+        let model = self.find_model(possible, &agreeing, &found)?;
+        Ok(Opened {
+            image,
+            marked,
+            found,
+            agreeing,
+            model,
+            untouched,
+        })
+    }
+
+    /// What must be there from now on.
+    fn model_after(&self, opened: &Opened<'_>) -> Model {
         let mut model = match self.end {
-            End::Killed => model.clone(),
-            End::PowerCut => model.with_disk(found),
+            End::Killed => opened.model.clone(),
+            End::PowerCut => opened.model.with_disk(opened.found.clone()),
         };
         model.failed = false;
-        Ok((image, model, marked))
+        model
     }
 
     /// Opens an image; after a failed flush only once somebody has removed the mark of it (I7). Returns whether there
@@ -144,38 +212,30 @@ impl Case<'_> {
         Ok((setting::open(self.sim, name, self.boot)?, marked))
     }
 
-    /// The first of `possible` that the image agrees with.
-    fn find_model<'m>(
+    /// Those of `possible` whose snapshots and clones are there.
+    fn agreeing(
         &self,
         stored: &Stored,
-        possible: &'m [Model],
-        found: &Contents,
+        possible: &[Model],
         marked: bool,
-    ) -> Result<&'m Model, String> {
-        let mut refusals = Vec::new();
-        for model in possible {
-            match self.agrees(stored, model, found, marked) {
-                Ok(()) => return Ok(model),
+    ) -> Result<Vec<usize>, String> {
+        let (mut agreeing, mut refusals) = (Vec::new(), Vec::new());
+        for (index, model) in possible.iter().enumerate() {
+            match self.agrees(stored, model, marked) {
+                Ok(()) => agreeing.push(index),
                 Err(refusal) => refusals.push(refusal),
             }
         }
-        refusals.dedup();
-        Err(refusals.join("; or "))
+        if agreeing.is_empty() {
+            refusals.dedup();
+            return Err(refusals.join("; or "));
+        }
+        Ok(agreeing)
     }
 
-    fn agrees(
-        &self,
-        stored: &Stored,
-        model: &Model,
-        found: &Contents,
-        marked: bool,
-    ) -> Result<(), String> {
+    fn agrees(&self, stored: &Stored, model: &Model, marked: bool) -> Result<(), String> {
         if model.failed && !marked {
             return Err("opens although a flush has failed".to_owned());
-        }
-        match self.end {
-            End::Killed => check_equal("the disk", found, model.disk.now())?,
-            End::PowerCut => model.disk.check_after_cut(found)?,
         }
         self.check_snapshots(stored, model)?;
         for (name, expected) in &model.clones {
@@ -206,20 +266,75 @@ impl Case<'_> {
         check_equal("what was received", &found, expected)
     }
 
+    /// The first of the `agreeing` ones of `possible` whose disk may show `found`.
+    fn find_model<'m>(
+        &self,
+        possible: &'m [Model],
+        agreeing: &[usize],
+        found: &Contents,
+    ) -> Result<&'m Model, String> {
+        let mut refusals = Vec::new();
+        for model in agreeing.iter().map(|i| &possible[*i]) {
+            let checked = match self.end {
+                End::Killed => check_equal("the disk", found, model.disk.now()),
+                End::PowerCut => model.disk.check_after_cut(found),
+            };
+            match checked {
+                Ok(()) => return Ok(model),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        refusals.dedup();
+        Err(refusals.join("; or "))
+    }
+
     fn check_snapshots(&self, stored: &Stored, model: &Model) -> Result<(), String> {
         let snapshots = &stored.root().snapshots;
         if snapshots.len() != model.snapshots.len() {
             let (found, expected) = (snapshots.len(), model.snapshots.len());
             return Err(format!("{found} snapshots, not {expected}"));
         }
-        for (snapshot, (number, contents)) in snapshots.iter().zip(&model.snapshots) {
-            if snapshot.number != *number {
-                return Err(format!("snapshot {}, not {number}", snapshot.number));
+        for (snapshot, expected) in snapshots.iter().zip(&model.snapshots) {
+            let number = snapshot.number;
+            if number != expected.number {
+                return Err(format!("snapshot {number}, not {}", expected.number));
+            }
+            let fingerprint = self.snapshot_fingerprint(stored, snapshot.layer, expected)?;
+            if fingerprint.is_some_and(|f| self.setting.is_sound(f)) {
+                continue;
             }
             let found = setting::layer_contents(self.setting.plan(), stored, snapshot.layer)?;
-            check_equal(&format!("snapshot {number}"), &found, contents)?;
+            check_equal(&format!("snapshot {number}"), &found, &expected.contents)?;
+            fingerprint
+                .into_iter()
+                .for_each(|f| self.setting.note_sound(f));
         }
         Ok(())
+    }
+
+    /// A digest of all that decides what the snapshot shows, and of what it must: the same files under the same rows of the
+    /// layer table show the same bytes. `None` for what changes while the image is used.
+    fn snapshot_fingerprint(
+        &self,
+        stored: &Stored,
+        layer: Uuid,
+        expected: &Snapshot,
+    ) -> Result<Option<u64>, String> {
+        let mut digest = Digest::default();
+        (stored.root().uuid, expected.digest).hash(&mut digest);
+        for row in stored.root().chain(layer).map_err(text)? {
+            if !row.sealed {
+                return Ok(None);
+            }
+            (row.uuid, row.clip, row.virtual_size, row.cluster_size).hash(&mut digest);
+            for name in [map_name(row.uuid), data_name(row.uuid)] {
+                match self.sim.fingerprint_at(stored.directory(), &name) {
+                    Some(file) => file.hash(&mut digest),
+                    None => return Ok(None),
+                }
+            }
+        }
+        Ok(Some(digest.finish()))
     }
 
     /// I6: what is called like an image is one, promised or not.
@@ -271,35 +386,41 @@ impl Case<'_> {
         }
         Ok(words)
     }
+}
 
-    fn digest(
-        &self,
-        hasher: &mut DefaultHasher,
-        stored: &Stored,
-        words: &[map::Word],
-        found: &Contents,
-        model: &Model,
-    ) {
-        let root = stored.root();
-        let place = |wanted: Option<Uuid>| {
-            let of = |uuid| root.layers.iter().position(|l| l.uuid == uuid);
-            wanted.map(of)
-        };
-        place(Some(root.active)).hash(hasher);
-        for layer in &root.layers {
-            (place(layer.parent), layer.sealed, layer.clip).hash(hasher);
-        }
-        for snapshot in &root.snapshots {
-            (snapshot.number, place(Some(snapshot.layer))).hash(hasher);
-        }
-        words.iter().for_each(|word| word.0.hash(hasher));
-        let first = &self.setting.first;
-        model.disk.kinds(found, first).hash(hasher);
-        for (_, contents) in &model.snapshots {
-            model.disk.kinds(contents, first).hash(hasher);
-        }
-        model.clones.len().hash(hasher);
+/// The number of the active layer's data file.
+pub fn data_inode(image: &Image) -> Result<u64, String> {
+    let status = image.active().data_file().status();
+    status
+        .map(|s| s.identity.inode)
+        .map_err(|e| format!("the active data file: {e}"))
+}
+
+/// Layers, snapshots and words: whatever names they have.
+fn hash_shape(digest: &mut Digest, stored: &Stored, words: &[map::Word]) {
+    let root = stored.root();
+    let place = |wanted: Option<Uuid>| {
+        let of = |uuid| root.layers.iter().position(|l| l.uuid == uuid);
+        wanted.map(of)
+    };
+    place(Some(root.active)).hash(digest);
+    for layer in &root.layers {
+        (place(layer.parent), layer.sealed, layer.clip).hash(digest);
     }
+    for snapshot in &root.snapshots {
+        (snapshot.number, place(Some(snapshot.layer))).hash(digest);
+    }
+    words.iter().for_each(|word| word.0.hash(digest));
+}
+
+/// What disk and snapshots show, whatever the values are.
+fn hash_contents(digest: &mut Digest, setting: &Setting, model: &Model, found: &Contents) {
+    let first = &setting.first;
+    model.disk.hash_kinds(found, first, digest);
+    for snapshot in &model.snapshots {
+        model.disk.hash_kinds(&snapshot.contents, first, digest);
+    }
+    model.clones.len().hash(digest);
 }
 
 /// Checks the image; returns how many clusters are data.

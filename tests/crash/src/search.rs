@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Searches on two threads: all short workloads of a scene, and long random ones over all scenes.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::digest::DigestSet;
 use crate::explorer::{Explorer, Limits, Stats};
 use crate::random::Random;
 use crate::setting::{SCENES, Setting};
@@ -18,6 +18,7 @@ pub const CLOSE: Limits = Limits {
     nested: 3,
     uses: 4,
     depth: 1,
+    contents: 16,
 };
 
 /// Where there are many workloads.
@@ -27,6 +28,7 @@ pub const WIDE: Limits = Limits {
     nested: 2,
     uses: 1,
     depth: 1,
+    contents: 8,
 };
 
 /// Where there are very many.
@@ -36,21 +38,23 @@ pub const FAST: Limits = Limits {
     nested: 1,
     uses: 1,
     depth: 3,
+    contents: 4,
 };
 
 /// For long random workloads: most of what they leave is new.
 pub const LONG: Limits = Limits {
-    exhaustive: 32,
-    samples: 32,
-    nested: 2,
+    exhaustive: 16,
+    samples: 16,
+    nested: 1,
     uses: 1,
-    depth: 64,
+    depth: 4,
+    contents: 2048,
 };
 
 /// Stores with which a long workload begins, at most, before its first flush.
-const MAX_FIRST_STORES: usize = 24;
+const MAX_FIRST_STORES: usize = 40;
 /// Operations of a long workload after that, at most.
-const MAX_OPERATIONS: usize = 24;
+const MAX_OPERATIONS: usize = 64;
 
 /// Threads of a search.
 const THREADS: usize = 2;
@@ -60,7 +64,7 @@ const SHARDS: usize = 64;
 /// Digests of what there was after recovery, each once.
 #[derive(Debug)]
 pub struct Recovered {
-    shards: Vec<Mutex<HashSet<u64>>>,
+    shards: Vec<Mutex<DigestSet>>,
     count: AtomicU64,
 }
 
@@ -76,7 +80,8 @@ impl Default for Recovered {
 impl Recovered {
     /// Notes one.
     pub fn note(&self, digest: u64) {
-        let shard = usize::try_from(digest % 64).unwrap_or(0);
+        // Not by the bits that the set itself goes by.
+        let shard = usize::try_from(digest >> 32).unwrap_or(0) % SHARDS;
         let mut shard = self.shards[shard]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);

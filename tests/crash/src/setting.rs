@@ -315,6 +315,18 @@ pub fn read_tracked(
     Ok(Contents(all.collect::<Result<_, String>>()?))
 }
 
+/// As [`read_tracked`], over what was read before.
+pub fn read_again(
+    plan: &Plan,
+    contents: &mut Contents,
+    mut read: impl FnMut(u64, &mut [u8]) -> pcow_format::Result<()>,
+) -> Result<(), String> {
+    for ((cluster, _), into) in plan.clusters.iter().zip(&mut contents.0) {
+        read(cluster * CLUSTER_BYTES, Arc::make_mut(into).as_mut_slice()).map_err(text)?;
+    }
+    Ok(())
+}
+
 /// An error with its causes.
 pub fn text(error: pcow_format::Error) -> String {
     let mut text = error.to_string();

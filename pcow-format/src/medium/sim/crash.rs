@@ -39,6 +39,14 @@ impl Choice {
     pub fn options(&self) -> usize {
         self.options
     }
+
+    /// The page of a file of whose content this decides something.
+    pub fn page(&self) -> Option<u64> {
+        match self.what {
+            Undecided::Page(page) | Undecided::Part(page, _) => Some(page),
+            Undecided::Length | Undecided::Name(_) => None,
+        }
+    }
 }
 
 /// A filesystem right after an act.
@@ -66,6 +74,7 @@ pub fn replay(start: &Moment, moments: &[Moment]) -> Option<Vec<Moment>> {
         state: start.state.clone(),
         started: start.started.clone(),
         recorded: None,
+        touched: None,
         hooks: Vec::new(),
         failing: Vec::new(),
     };
@@ -145,6 +154,43 @@ impl Moment {
             }
         });
         Sim::with(state, Arc::clone(&self.settings))
+    }
+
+    /// The indices of those `choices` that decide the bytes of pages which the file number `inode` has in any case: they
+    /// change no length, no name and no hole. All choices of a page are among them, or none.
+    pub fn content_choices(&self, choices: &[Choice], inode: u64) -> Vec<usize> {
+        let decides_bytes = |choice: &Choice| {
+            let page = choice.page().filter(|_| choice.inode == inode)?;
+            let versions = &self.state.file(inode).pages[&page];
+            let mut all = (0..versions.count()).map(|number| versions.version(number));
+            all.all(Option::is_some).then_some(())
+        };
+        let numbered = choices.iter().enumerate();
+        numbered
+            .filter_map(|(i, choice)| decides_bytes(choice).map(|()| i))
+            .collect()
+    }
+
+    /// Makes `sim`, which came from a power cut at this moment, what it were if that had decided `picks` for the choices
+    /// `which` (of [`Moment::content_choices`], in order), and nobody had read or changed those pages since.
+    pub fn decide_again(&self, sim: &Sim, choices: &[Choice], picks: &[usize], which: &[usize]) {
+        let mut inner = sim.lock();
+        let unit = self.settings.unit().unwrap_or(PAGE_BYTES);
+        for same in which.chunk_by(|a, b| choices[*a].page() == choices[*b].page()) {
+            let first = choices[same[0]];
+            let Some(page) = first.page() else { continue };
+            let versions = &self.state.file(first.inode).pages[&page];
+            let kept = match first.what {
+                Undecided::Page(_) => versions.version(picks[same[0]]).clone(),
+                _ => tear(
+                    versions,
+                    same.iter().map(|i| (choices[*i].what, picks[*i])),
+                    unit,
+                ),
+            };
+            let file = inner.state.file_mut(first.inode);
+            file.pages.insert(page, Versions::new(kept));
+        }
     }
 
     /// What `pick` means, for people.
@@ -232,34 +278,34 @@ fn cut_file(file: &FileNode, decisions: &Decisions, unit: Option<usize>) -> File
     let len = *file.len.version(pick(Undecided::Length));
     let mut pages = BTreeMap::new();
     for (page, versions) in &file.pages {
-        let torn: Vec<_> = decisions
-            .range(Undecided::Part(*page, 0)..Undecided::Part(*page + 1, 0))
-            .collect();
-        let kept = if torn.is_empty() {
-            versions.version(pick(Undecided::Page(*page))).clone()
-        } else {
-            tear(versions, &torn, unit.unwrap_or(PAGE_BYTES))
+        let torn = decisions.range(Undecided::Part(*page, 0)..Undecided::Part(*page + 1, 0));
+        let torn = torn.map(|(what, pick)| (*what, *pick));
+        let kept = match decisions.get(&Undecided::Page(*page)) {
+            Some(pick) => versions.version(*pick).clone(),
+            None => tear(versions, torn, unit.unwrap_or(PAGE_BYTES)),
         };
         if kept.is_some() {
             pages.insert(*page, Versions::new(kept));
         }
     }
-    FileNode {
-        len: Versions::new(len),
-        pages,
-    }
+    FileNode::new(len, pages)
 }
 
-fn tear(versions: &Versions<Content>, torn: &[(&Undecided, &usize)], unit: usize) -> Content {
-    let untouched = torn.iter().all(|(_, pick)| **pick == 0);
-    if untouched {
+/// The durable version of a page, with those parts of other versions that survived.
+fn tear(
+    versions: &Versions<Content>,
+    torn: impl Iterator<Item = (Undecided, usize)>,
+    unit: usize,
+) -> Content {
+    let mut torn = torn.filter(|(_, pick)| *pick > 0).peekable();
+    if torn.peek().is_none() {
         return versions.version(0).clone();
     }
     let mut page = raw(versions.version(0));
     for (what, pick) in torn {
         if let Undecided::Part(_, at) = what {
-            let from = part(versions.version(**pick), *at, unit);
-            page[*at..*at + unit].copy_from_slice(from);
+            let from = part(versions.version(pick), at, unit);
+            page[at..at + unit].copy_from_slice(from);
         }
     }
     content(page)

@@ -28,7 +28,7 @@ impl SimDirectory {
         }
     }
 
-    fn look_up(&self, inner: &Inner, name: &str) -> io::Result<Inode> {
+    pub(super) fn look_up(&self, inner: &Inner, name: &str) -> io::Result<Inode> {
         let found = self.node(inner).now.get(name);
         found.copied().ok_or_else(|| os_error(libc::ENOENT))
     }

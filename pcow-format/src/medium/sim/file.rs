@@ -37,7 +37,10 @@ impl SimFile {
             return Err(os_error(libc::EBADF));
         }
         let inode = self.inode;
-        self.act(site, move |inner| change(inner.state.file_mut(inode)))
+        self.act(site, move |inner| {
+            inner.touch(inode);
+            change(inner.state.file_mut(inode));
+        })
     }
 
     fn act(
@@ -83,7 +86,9 @@ impl File for SimFile {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        Ok(self.sim.lock().state.file(self.inode).read(buf, offset))
+        let mut inner = self.sim.lock();
+        inner.touch(self.inode);
+        Ok(inner.state.file(self.inode).read(buf, offset))
     }
 
     fn write_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {

@@ -69,6 +69,8 @@ struct Inner {
     state: State,
     started: Vec<WriteBack>,
     recorded: Option<Vec<Moment>>,
+    /// Files of which bytes were read or changed, while that is noted.
+    touched: Option<BTreeSet<Inode>>,
     hooks: Vec<Hook>,
     /// Calls that are to fail, and how.
     failing: Vec<(Site, i32)>,
@@ -122,6 +124,7 @@ impl Sim {
             state,
             started: Vec::new(),
             recorded: None,
+            touched: None,
             hooks: Vec::new(),
             failing: Vec::new(),
         };
@@ -199,6 +202,18 @@ impl Sim {
         self.lock().recorded.take().unwrap_or_default()
     }
 
+    /// Notes from here on of which files bytes are read or changed. Where a file has holes, how long it is, and a sync are
+    /// no bytes of it.
+    pub fn watch(&self) {
+        self.lock().touched = Some(BTreeSet::new());
+    }
+
+    /// Whether bytes of the file number `inode` were read or changed since [`Sim::watch`]; true if nobody watched.
+    pub fn was_touched(&self, inode: u64) -> bool {
+        let inner = self.lock();
+        inner.touched.as_ref().is_none_or(|t| t.contains(&inode))
+    }
+
     /// The present moment.
     pub fn now(&self) -> Moment {
         let act = Act {
@@ -218,6 +233,14 @@ impl Sim {
         let inner = self.lock();
         let inode = inner.state.directory(TOP).now.get(name)?;
         Some(inner.state.fingerprint(*inode))
+    }
+
+    /// The same of one entry of `directory`.
+    pub fn fingerprint_at(&self, directory: &dyn Directory, name: &str) -> Option<u64> {
+        let directory = directory.as_any().downcast_ref::<SimDirectory>()?;
+        let inner = self.lock();
+        let inode = directory.look_up(&inner, name).ok()?;
+        Some(inner.state.fingerprint(inode))
     }
 
     fn moment(&self, inner: &Inner, act: Act, step: Step) -> Moment {
@@ -279,6 +302,12 @@ impl Inner {
             return Ok(());
         }
         Err(os_error(libc::ENOENT))
+    }
+
+    fn touch(&mut self, inode: Inode) {
+        if let Some(touched) = &mut self.touched {
+            touched.insert(inode);
+        }
     }
 
     fn fail_if_due(&mut self, site: Site) -> io::Result<()> {

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::names::DirectoryNode;
 use crate::units::{bytes, len};
@@ -24,22 +24,32 @@ pub(super) type Inode = u64;
 /// The directory that all others are in.
 pub(super) const TOP: Inode = 1;
 
-/// The bytes of one page, with a digest by which equal ones are told quickly.
-#[derive(Debug, PartialEq, Eq)]
+/// The bytes of one page, with a digest that is made when it is asked for.
+#[derive(Debug)]
 pub(super) struct Page {
-    digest: u64,
+    digest: OnceLock<u64>,
     pub(super) raw: [u8; PAGE_BYTES],
+}
+
+impl PartialEq for Page {
+    fn eq(&self, other: &Self) -> bool {
+        self.raw == other.raw
+    }
+}
+
+impl Page {
+    fn digest(&self) -> u64 {
+        let words = self.raw.as_chunks().0;
+        let sum = |sum, word: &[u8; WORD_BYTES]| mix(sum, u64::from_le_bytes(*word));
+        *self.digest.get_or_init(|| words.iter().fold(1, sum))
+    }
 }
 
 /// A page of a file; `None` is a hole or unwritten storage, which reads zero.
 pub(super) type Content = Option<Arc<Page>>;
 
 pub(super) fn content(raw: [u8; PAGE_BYTES]) -> Content {
-    let digest = raw
-        .as_chunks()
-        .0
-        .iter()
-        .fold(1, |sum, word| mix(sum, u64::from_le_bytes(*word)));
+    let digest = OnceLock::new();
     Some(Arc::new(Page { digest, raw }))
 }
 
@@ -137,13 +147,16 @@ impl<T: Clone + PartialEq> Versions<T> {
 pub(super) struct FileNode {
     pub(super) len: Versions<u64>,
     pub(super) pages: BTreeMap<u64, Versions<Content>>,
+    /// Of length and pages as they are now, once it was asked for.
+    digest: OnceLock<u64>,
 }
 
 impl FileNode {
-    fn new() -> Self {
+    pub(super) fn new(len: u64, pages: BTreeMap<u64, Versions<Content>>) -> Self {
         Self {
-            len: Versions::new(0),
-            pages: BTreeMap::new(),
+            len: Versions::new(len),
+            pages,
+            digest: OnceLock::new(),
         }
     }
 
@@ -269,13 +282,13 @@ impl FileNode {
 
     fn digest(&self) -> u64 {
         let held = |(page, v): (&u64, &Versions<Content>)| {
-            let digest = v.now().as_ref()?.digest;
+            let digest = v.now().as_ref()?.digest();
             Some(mix(*page, digest))
         };
-        self.pages
-            .iter()
-            .filter_map(held)
-            .fold(*self.len.now(), mix)
+        let pages = self.pages.iter().filter_map(held);
+        *self
+            .digest
+            .get_or_init(|| pages.fold(*self.len.now(), mix))
     }
 }
 
@@ -308,7 +321,7 @@ impl State {
     }
 
     pub(super) fn add_file(&mut self, inode: Inode) {
-        self.add(inode, Node::File(FileNode::new()));
+        self.add(inode, Node::File(FileNode::new(0, BTreeMap::new())));
     }
 
     pub(super) fn add_directory(&mut self, inode: Inode, parent: Inode) {
@@ -351,7 +364,10 @@ impl State {
 
     pub(super) fn file_mut(&mut self, inode: Inode) -> &mut FileNode {
         match self.node_mut(inode) {
-            Node::File(file) => file,
+            Node::File(file) => {
+                file.digest = OnceLock::new();
+                file
+            }
             Node::Directory(_) => unreachable!("inode {inode} was made as a file"),
         }
     }

@@ -32,13 +32,9 @@ impl Run<'_> {
         self.clones += 1;
         let name = format!("clone-{}", self.clones);
         let stored = setting::stored(&self.sim, self.slot().name, self.boot)?;
-        let (number, contents) = self
-            .model()
-            .snapshots
-            .last()
-            .cloned()
-            .ok_or("no snapshot")?;
-        let sending = Sending::of(&stored, &number.to_string(), None).map_err(text)?;
+        let newest = self.model().snapshots.last().cloned();
+        let newest = newest.ok_or("no snapshot")?;
+        let sending = Sending::of(&stored, &newest.number.to_string(), None).map_err(text)?;
         let mut stream = Vec::new();
         sending.write(&mut stream, &mut |_| ()).map_err(text)?;
         // Within the second record, if there are so many.
@@ -46,7 +42,7 @@ impl Run<'_> {
         let after = self.model().with_clone(&name);
         let begin = stream[..cut].to_vec();
         self.slot_mut().image = None;
-        self.receive_pieces(&name, (contents, begin, stream), after)
+        self.receive_pieces(&name, (newest.contents, begin, stream), after)
     }
 
     fn receive_pieces(&mut self, name: &str, stream: Stream, after: Model) -> Result<bool, String> {

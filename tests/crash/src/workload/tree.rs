@@ -8,7 +8,7 @@ use pcow_format::ops::Checksum;
 use pcow_format::{ErrorKind, Image, ROOT_FILE};
 
 use super::{Run, other_base};
-use crate::model::{Model, Role};
+use crate::model::{Model, Role, Snapshot};
 use crate::random::newest;
 use crate::setting::{self, text};
 
@@ -46,7 +46,7 @@ impl Run<'_> {
 
     /// The oldest snapshot.
     pub(super) fn delete(&mut self) -> Result<bool, String> {
-        let Some((number, _)) = self.model().snapshots.first().cloned() else {
+        let Some(number) = self.model().snapshots.first().map(|s| s.number) else {
             return Ok(false);
         };
         self.delete_number(number)
@@ -63,14 +63,17 @@ impl Run<'_> {
     pub(super) fn delete_merging(&mut self) -> Result<bool, String> {
         self.store(Role::Absent)?;
         self.snapshot()?;
-        let number = self.model().snapshots.last().map(|(number, _)| *number);
+        let number = self.model().snapshots.last().map(|s| s.number);
         self.store(Role::Zero)?;
         self.snapshot()?;
         self.delete_number(number.ok_or("no snapshot was taken")?)
     }
 
     pub(super) fn rollback(&mut self, discard: bool) -> Result<bool, String> {
-        let Some((number, contents)) = self.model().snapshots.first().cloned() else {
+        let Some(Snapshot {
+            number, contents, ..
+        }) = self.model().snapshots.first().cloned()
+        else {
             return Ok(false);
         };
         let saved = if discard || self.is_untouched()? {
