@@ -43,8 +43,9 @@ pub struct Survivor {
     /// Whether everything that was found so far, other than the bytes of the disk, was found without any byte of the
     /// active layer's data file.
     pub untouched: bool,
-    /// The models that agree with snapshots and clones: indices of those that were possible.
-    agreeing: Vec<usize>,
+    /// The models that agree with snapshots and clones: indices of those that were possible, and digests of what they show
+    /// beside the disk.
+    agreeing: Vec<(usize, u64)>,
     /// A digest of layers and cluster states: of all by which the images find the bytes that they show.
     pub shape: Digest,
     /// The same, and of what the other image shows.
@@ -84,6 +85,15 @@ struct Opened<'m> {
     untouched: bool,
 }
 
+impl Opened<'_> {
+    /// What disk and snapshots show, whatever the values are.
+    fn hash_contents(&self, setting: &Setting, digest: &mut Digest) {
+        let disk = &self.model.disk;
+        disk.hash_kinds(&self.found, &setting.first, digest);
+        digest.write_u64(digest_beside(setting, self.model));
+    }
+}
+
 /// Opens the images as after `end` in boot number `boot`, and compares them with what is expected.
 pub fn judge(
     setting: &Setting,
@@ -103,14 +113,15 @@ pub fn judge(
     let mut other = None;
     if let Some((name, model)) = &expected.other {
         let opened = case.open_and_compare(name, std::slice::from_ref(model), &mut shape)?;
-        hash_contents(&mut beside, setting, opened.model, &opened.found);
+        opened.hash_contents(setting, &mut beside);
         other = Some((*name, case.model_after(&opened)));
     }
     let opened = case.open_and_compare(expected.image, &expected.possible, &mut shape)?;
     let mut before_contents = shape;
     before_contents.write_u64(beside.finish());
     let mut digest = before_contents;
-    hash_contents(&mut digest, setting, opened.model, &opened.found);
+    opened.hash_contents(setting, &mut digest);
+    let with_digest = |i: &usize| (*i, digest_beside(setting, &expected.possible[*i]));
     let recovery = sim.moments();
     case.check_bystanders()?;
     case.check_names()?;
@@ -121,7 +132,7 @@ pub fn judge(
         recovery,
         digest: digest.finish(),
         marked: opened.marked,
-        agreeing: opened.agreeing,
+        agreeing: opened.agreeing.iter().map(with_digest).collect(),
         untouched: opened.untouched,
         shape,
         before_contents,
@@ -140,11 +151,13 @@ pub fn judge_contents(
     let plan = setting.plan();
     setting::read_again(plan, found, |at, buf| survivor.image.read(at, buf))?;
     let mut refusals = Vec::new();
-    for model in survivor.agreeing.iter().map(|i| &expected.possible[*i]) {
-        match model.disk.check_after_cut(found) {
+    for (index, beside) in &survivor.agreeing {
+        let disk = &expected.possible[*index].disk;
+        match disk.check_after_cut(found) {
             Ok(()) => {
                 let mut digest = survivor.before_contents;
-                hash_contents(&mut digest, setting, model, found);
+                disk.hash_kinds(found, &setting.first, &mut digest);
+                digest.write_u64(*beside);
                 return Ok(digest.finish());
             }
             Err(refusal) => refusals.push(refusal),
@@ -413,14 +426,15 @@ fn hash_shape(digest: &mut Digest, stored: &Stored, words: &[map::Word]) {
     words.iter().for_each(|word| word.0.hash(digest));
 }
 
-/// What disk and snapshots show, whatever the values are.
-fn hash_contents(digest: &mut Digest, setting: &Setting, model: &Model, found: &Contents) {
-    let first = &setting.first;
-    model.disk.hash_kinds(found, first, digest);
+/// What snapshots show, whatever the values are, and how many clones there are.
+fn digest_beside(setting: &Setting, model: &Model) -> u64 {
+    let mut digest = Digest::default();
     for snapshot in &model.snapshots {
-        model.disk.hash_kinds(&snapshot.contents, first, digest);
+        let contents = &snapshot.contents;
+        model.disk.hash_kinds(contents, &setting.first, &mut digest);
     }
-    model.clones.len().hash(digest);
+    model.clones.len().hash(&mut digest);
+    digest.finish()
 }
 
 /// Checks the image; returns how many clusters are data.
