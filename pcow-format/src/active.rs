@@ -335,7 +335,27 @@ impl Active {
     /// # Errors
     /// `FlushFailed`.
     pub fn flush(&self) -> Result<()> {
-        self.unless_failed(|| self.flush_once())
+        self.unless_failed(|| self.flush_once().inspect_err(|_| self.distrust_live()))
+    }
+
+    /// M14: pages that a failed sync did not write count as written. They can be dropped at any time, and then show what the
+    /// medium holds: nothing yet, under a live cluster that was copied from below. So the next opening must not take live
+    /// clusters for data, although the boot is the same: the tag names no boot from now on.
+    fn distrust_live(&self) {
+        if self.domain == Domain::Dax {
+            return;
+        }
+        let distrusted = self.map.status().and_then(|status| {
+            let tag = Tag::new(Uuid::nil(), status.identity);
+            let site = Site("active.flush.distrust");
+            self.map.write_at(site, &tag.encode(), TAG_OFFSET)
+        });
+        if let Err(e) = distrusted {
+            log::error!(
+                "layer {}: what was not flushed cannot be given up ({e}): run 'pcow-img check --discard-live' before the image is used again",
+                self.name
+            );
+        }
     }
 
     /// Does what needs a sync, unless one has failed before; what fails now is remembered (I7).

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crate::arch;
 use crate::boot::Boot;
 use crate::cache::Cache;
+use crate::crash;
 use crate::error::{Error, Result};
 use crate::guest;
 use crate::lab;
@@ -37,6 +38,11 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Who names a test wants that one, not the search for crashes.
+    fn is_whole(&self) -> bool {
+        self.cargo_arguments.is_empty()
+    }
+
     /// The lab host runs the same programs as the end-to-end tests.
     fn with_lab(&self) -> bool {
         !self.no_lab && !self.no_guest
@@ -111,12 +117,18 @@ fn checked_and_tested(cache: &Cache, arguments: &Arguments, report: &mut Report)
     match (built, machine) {
         (Some(()), Some(machine)) => {
             test(arguments, machine.as_ref(), report);
+            if arguments.is_whole() {
+                report.run("crash", || crash::search(&[]));
+            }
             if arguments.with_lab() {
                 report.run("lab", || lab::short(cache));
             }
         }
         _ => {
             report.not_run("test");
+            if arguments.is_whole() {
+                report.not_run("crash");
+            }
             if arguments.with_lab() {
                 report.not_run("lab");
             }

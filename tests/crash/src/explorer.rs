@@ -13,7 +13,7 @@ use pcow_format::medium::sim::{Choice, Moment, Sim};
 mod contents;
 
 use crate::digest::{Digest, DigestSet};
-use crate::oracle::{End, Survivor, Use, judge, use_and_flush};
+use crate::oracle::{End, Survivor, Use, is_marked, judge, use_and_flush};
 use crate::random::{Random, newest};
 use crate::search::Recovered;
 use crate::setting::Setting;
@@ -232,6 +232,11 @@ impl<'a> Explorer<'a> {
         let first = self.random.below(uses.len());
         for which in uses.iter().cycle().skip(first).take(self.limits.uses) {
             let sim = moment.process_death();
+            if is_marked(&sim, expected.image) {
+                // Any page may go, and for a single one to go is the hardest to notice.
+                let few = 1 + self.random.below(4);
+                sim.evict(|| self.random.once_in(few));
+            }
             let mut survivor = judge(self.setting, &sim, boot, expected, End::Killed)
                 .map_err(Broken::after("killed"))?;
             self.count(survivor.digest);

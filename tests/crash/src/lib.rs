@@ -16,6 +16,7 @@
 //!
 //! It knows the format and its simulated medium; it knows no socket, no fault and no QEMU.
 
+pub mod coverage;
 pub mod digest;
 pub mod errors;
 pub mod explorer;

@@ -209,6 +209,9 @@ pub struct Model {
     pub failed: bool,
     /// What is being received, and into what: as much of it as is said to be there must be.
     pub receiving: Option<(String, Contents)>,
+    /// The death of a process may leave of the disk what a power cut may: somebody has given up, or is about to, what was
+    /// not flushed.
+    pub doubtful: bool,
     next_snapshot: u64,
 }
 
@@ -221,6 +224,7 @@ impl Model {
             clones: Vec::new(),
             failed: false,
             receiving: None,
+            doubtful: false,
             next_snapshot: 1,
         }
     }
@@ -256,13 +260,31 @@ impl Model {
         }
     }
 
-    /// A flush has failed.
+    /// A flush has failed (M14).
     #[must_use]
     pub fn with_failed_flush(&self) -> Self {
         Self {
             failed: true,
+            ..self.in_doubt()
+        }
+    }
+
+    /// What was not flushed may be given up.
+    #[must_use]
+    pub fn in_doubt(&self) -> Self {
+        Self {
+            doubtful: true,
             ..self.clone()
         }
+    }
+
+    /// Whatever was in doubt, `found` is what there is.
+    #[must_use]
+    pub fn with_found(&self, found: Contents) -> Self {
+        let mut after = self.clone();
+        after.disk.now = found;
+        (after.doubtful, after.failed) = (false, false);
+        after
     }
 
     /// There is a clone of what the disk shows.

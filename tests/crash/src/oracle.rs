@@ -35,8 +35,8 @@ pub struct Survivor {
     pub model: Model,
     /// The other image, and what it must show from now on.
     pub other: Option<(&'static str, Model)>,
-    /// A flush had failed, and somebody has removed the mark of it. Within the same boot nothing can be promised for
-    /// what was not written since (M14).
+    /// A flush had failed, and somebody has removed the mark of it, or there was none yet. Within the same boot nothing can
+    /// be promised for what was not written since (M14).
     pub marked: bool,
     /// What opening did, if that was to be recorded.
     pub recovery: Vec<Moment>,
@@ -131,7 +131,7 @@ pub fn judge(
         other,
         recovery,
         digest: digest.finish(),
-        marked: opened.marked,
+        marked: opened.marked || opened.model.doubtful,
         agreeing: opened.agreeing.iter().map(with_digest).collect(),
         untouched: opened.untouched,
         shape,
@@ -199,12 +199,12 @@ impl Case<'_> {
 
     /// What must be there from now on.
     fn model_after(&self, opened: &Opened<'_>) -> Model {
-        let mut model = match self.end {
-            End::Killed => opened.model.clone(),
-            End::PowerCut => opened.model.with_disk(opened.found.clone()),
-        };
-        model.failed = false;
-        model
+        let found = opened.found.clone();
+        let model = opened.model.with_found(found.clone());
+        match self.end {
+            End::Killed => model,
+            End::PowerCut => model.with_disk(found),
+        }
     }
 
     /// Opens an image; after a failed flush only once somebody has removed the mark of it (I7). Returns whether there
@@ -289,8 +289,8 @@ impl Case<'_> {
         let mut refusals = Vec::new();
         for model in agreeing.iter().map(|i| &possible[*i]) {
             let checked = match self.end {
-                End::Killed => check_equal("the disk", found, model.disk.now()),
-                End::PowerCut => model.disk.check_after_cut(found),
+                End::Killed if !model.doubtful => check_equal("the disk", found, model.disk.now()),
+                _ => model.disk.check_after_cut(found),
             };
             match checked {
                 Ok(()) => return Ok(model),
@@ -399,6 +399,12 @@ impl Case<'_> {
         }
         Ok(words)
     }
+}
+
+/// Whether a flush of the image has failed.
+pub fn is_marked(sim: &Sim, image: &str) -> bool {
+    let dir = sim.top().open_dir(image);
+    dir.is_ok_and(|dir| dir.open(FLUSH_FAILED_FILE, Access::Read).is_ok())
 }
 
 /// The number of the active layer's data file.

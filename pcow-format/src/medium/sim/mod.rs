@@ -182,6 +182,12 @@ impl Sim {
         self.lock().state.mark_clean(name);
     }
 
+    /// M14: memory grew short, and those pages that `chosen` says, of those that count as written and are not, were dropped
+    /// and are read anew from the medium.
+    pub fn evict(&self, chosen: impl FnMut() -> bool) {
+        self.lock().state.evict(chosen);
+    }
+
     /// The top directory.
     pub fn top(&self) -> Arc<dyn Directory> {
         Arc::new(SimDirectory::new(self.clone(), TOP, "/"))
@@ -394,6 +400,19 @@ mod tests {
         let left = after_all_cuts(&sim, bytes_at([0, 4096]));
         let expected = [[2, 0], [2, 9], [3, 0], [3, 9], [4, 0], [4, 9]];
         assert_eq!(left, BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn what_a_failed_sync_did_not_write_is_gone_when_its_page_is_dropped() {
+        let sim = Sim::new(Domain::PageCache);
+        let file = create(&sim, "f");
+        file.write_at(SITE, &[1], 0).unwrap();
+        sim.fail(SITE, libc::EIO);
+        file.sync_data(SITE).unwrap_err();
+        file.write_at(SITE, &[2], 4096).unwrap();
+        assert_eq!(bytes_at([0, 4096])(&sim), [1, 2]);
+        sim.evict(|| true);
+        assert_eq!(bytes_at([0, 4096])(&sim), [0, 2]);
     }
 
     #[test]

@@ -100,6 +100,15 @@ impl<T: Clone + PartialEq> Versions<T> {
         self.clean = !self.is_settled();
     }
 
+    /// Shows the durable version again, if this counts as written and is not.
+    fn evict(&mut self) {
+        if self.clean {
+            self.later.clear();
+            self.clean = false;
+            self.epoch += 1;
+        }
+    }
+
     /// How many versions a power cut may leave; version 0 is the durable one.
     pub(super) fn count(&self) -> usize {
         self.later.len() + 1
@@ -251,6 +260,16 @@ impl FileNode {
         self.pages.values_mut().for_each(Versions::mark_clean);
     }
 
+    /// M14: each page that `chosen` says, of those that count as written and are not, is read anew from the medium.
+    fn evict(&mut self, chosen: &mut impl FnMut() -> bool) {
+        let lost = self.pages.values_mut().filter(|v| v.clean);
+        lost.for_each(|v| {
+            if chosen() {
+                v.evict();
+            }
+        });
+    }
+
     pub(super) fn is_settled(&self) -> bool {
         self.len.is_settled() && self.pages.values().all(Versions::is_settled)
     }
@@ -347,6 +366,17 @@ impl State {
         for inode in directories.collect::<BTreeSet<_>>() {
             if let Node::File(file) = self.node_mut(inode) {
                 file.mark_clean();
+            }
+        }
+    }
+
+    /// Reads pages of all files anew: see [`FileNode::evict`].
+    pub(super) fn evict(&mut self, mut chosen: impl FnMut() -> bool) {
+        let inodes: Vec<_> = self.nodes.keys().copied().collect();
+        for inode in inodes {
+            if let Node::File(file) = self.node_mut(inode) {
+                file.digest = OnceLock::new();
+                file.evict(&mut chosen);
             }
         }
     }

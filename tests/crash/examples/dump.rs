@@ -1,0 +1,3 @@
+fn main() {
+    pcow_crash::coverage::dump()
+}
