@@ -139,6 +139,20 @@ pub fn create_in(
     create_with_in(parent, name, new, env, None)
 }
 
+/// As [`create_filled`], in an open directory.
+///
+/// # Errors
+/// As [`create_filled`].
+pub fn create_filled_in(
+    parent: &dyn Directory,
+    name: &str,
+    new: &NewImage,
+    env: &Environment,
+    fill: Fill<'_>,
+) -> Result<Created> {
+    create_with_in(parent, name, new, env, Some(fill))
+}
+
 pub(super) fn create_with_in(
     parent: &dyn Directory,
     name: &str,
@@ -172,14 +186,33 @@ pub(super) fn create_with_in(
         Ok(created)
     });
     match made {
-        Ok(created) => {
-            parent.sync(Site("create.parent.sync")).context(context)?;
-            Ok(created)
-        }
+        Ok(created) => match parent.sync(Site("create.parent.sync")).context(context) {
+            Ok(()) => Ok(created),
+            Err(e) => Err(take_back(parent, dir.as_ref(), (&part, name), e)),
+        },
         Err(e) => {
             // Best effort: what stays has a name that says what it is.
             let _ = discard_part(parent, dir.as_ref(), &part);
             Err(e)
+        }
+    }
+}
+
+/// Removes an image whose name may not survive a power cut; returns the error that says what there is now.
+fn take_back(
+    parent: &dyn Directory,
+    dir: &dyn Directory,
+    (part, name): (&str, &str),
+    cause: Error,
+) -> Error {
+    let back = parent.rename_dir(Site("create.back.rename"), name, part);
+    match back.and_then(|()| discard_part(parent, dir, part)) {
+        Ok(()) => cause,
+        Err(e) => {
+            let what = format!(
+                "{name} or {part} is left of a creation that failed and could not be removed ({e}): a power cut may take it"
+            );
+            Error::new(ErrorKind::Io, what).caused_by(cause)
         }
     }
 }

@@ -9,7 +9,7 @@ use clap::Parser;
 use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
-use pcow_crash::search::{CLOSE, FAST, Recovered, WIDE, explore_long, explore_short, replay};
+use pcow_crash::search::{BRIEF, CLOSE, FAST, Recovered, explore_long, explore_short, replay};
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::violation::{Trace, Violation};
 use pcow_format::medium::Domain;
@@ -115,9 +115,9 @@ fn mutants() -> Result<(), String> {
 /// differ from them in what shorter workloads reach.
 fn limits(scene: &str) -> &'static [Limits] {
     match scene {
-        "page-cache" | "dax" => &[CLOSE, WIDE, FAST],
+        "page-cache" | "dax" => &[CLOSE, FAST, BRIEF],
         "page-cache-wide" | "dax-wide" => &[CLOSE],
-        _ => &[CLOSE, FAST],
+        _ => &[CLOSE, BRIEF],
     }
 }
 

@@ -278,6 +278,15 @@ impl Model {
         }
     }
 
+    /// The mark of a failed flush is gone; what was not flushed may be.
+    #[must_use]
+    pub fn with_mark_removed(&self) -> Self {
+        Self {
+            failed: false,
+            ..self.in_doubt()
+        }
+    }
+
     /// Whatever was in doubt, `found` is what there is.
     #[must_use]
     pub fn with_found(&self, found: Contents) -> Self {
@@ -290,8 +299,14 @@ impl Model {
     /// There is a clone of what the disk shows.
     #[must_use]
     pub fn with_clone(&self, name: &str) -> Self {
+        self.with_image(name, self.disk.now.clone())
+    }
+
+    /// There is another image, which shows `contents`.
+    #[must_use]
+    pub fn with_image(&self, name: &str, contents: Contents) -> Self {
         let mut after = self.clone();
-        after.clones.push((name.to_owned(), self.disk.now.clone()));
+        after.clones.push((name.to_owned(), contents));
         after
     }
 }

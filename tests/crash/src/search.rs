@@ -41,6 +41,16 @@ pub const FAST: Limits = Limits {
     contents: 4,
 };
 
+/// Where there are more still.
+pub const BRIEF: Limits = Limits {
+    exhaustive: 4,
+    samples: 3,
+    nested: 1,
+    uses: 1,
+    depth: 16,
+    contents: 8,
+};
+
 /// For long random workloads: most of what they leave is new.
 pub const LONG: Limits = Limits {
     exhaustive: 16,

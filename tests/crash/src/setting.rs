@@ -211,20 +211,14 @@ pub fn environment(sim: &Sim, boot: u128) -> Environment {
     }
 }
 
-/// A new image or clone.
-pub fn create(
-    plan: &Plan,
-    sim: &Sim,
-    name: &str,
-    base: Option<&str>,
-    boot: u128,
-) -> Result<(), String> {
+/// What the image called `name` is to be.
+pub fn new_image(plan: &Plan, name: &str, base: Option<&str>) -> NewImage {
     let cluster = if name == "base0" {
         2 * CLUSTER_BYTES
     } else {
         CLUSTER_BYTES
     };
-    let new = NewImage {
+    NewImage {
         size: Some(VirtualSize::new(plan.bytes).expect("a possible size")),
         cluster: ClusterSize::new(cluster).expect("a possible cluster size"),
         allocation_unit: Some(cluster),
@@ -233,7 +227,18 @@ pub fn create(
             snapshot: None,
             reference: false,
         }),
-    };
+    }
+}
+
+/// A new image or clone.
+pub fn create(
+    plan: &Plan,
+    sim: &Sim,
+    name: &str,
+    base: Option<&str>,
+    boot: u128,
+) -> Result<(), String> {
+    let new = new_image(plan, name, base);
     let created = create_in(sim.top().as_ref(), name, &new, &environment(sim, boot));
     created.map(drop).map_err(text)
 }

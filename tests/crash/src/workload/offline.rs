@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a program does to an image that it has to itself: it writes, zeroes, compacts, resizes.
 
-use pcow_format::VirtualSize;
+use pcow_format::medium::{Access, Domain, File};
+use pcow_format::ops::create_filled_in;
+use pcow_format::repair::{Unflushed, repair, settle_unflushed};
+use pcow_format::{Error, ErrorKind, Image, Stored, VirtualSize, data_name};
 
 use super::Run;
-use crate::model::{CLUSTER_BYTES, Role, WORD_BYTES};
-use crate::setting::text;
+use crate::model::{CLUSTER_BYTES, Model, Role, WORD_BYTES, check_equal};
+use crate::setting::{self, OTHER, text};
 
 /// What a resize adds or takes away: a step of sizes.
 const STEP_BYTES: u64 = 2 << 20;
@@ -70,6 +73,99 @@ impl Run<'_> {
         })
     }
 
+    /// Repairs the image, which must be closed for that.
+    pub(super) fn repair(&mut self) -> Result<bool, String> {
+        let mut after = self.model().clone();
+        after.disk.promise_all();
+        self.offline(&[after], |stored| repair(stored).map(drop))?;
+        self.slot_mut().unflushed.clear();
+        self.reopen()
+    }
+
+    /// Repairs it after a flush has failed. Nothing can follow.
+    pub(super) fn repair_after_failed_flush(&mut self) -> Result<bool, String> {
+        self.failing_flush("active.flush.data")?;
+        let after = self.model().with_mark_removed();
+        self.offline(&[after], |stored| repair(stored).map(drop))?;
+        self.reopen_in_doubt()
+    }
+
+    /// What was not flushed is taken for data in the boot after an orderly end.
+    pub(super) fn trust_unflushed(&mut self) -> Result<bool, String> {
+        if self.setting.domain() == Domain::Dax || self.slots.len() > 1 {
+            return Ok(false);
+        }
+        self.slot_mut().image = None;
+        self.cut_power(true);
+        let shown = self.model().disk.now().clone();
+        self.slot_mut().model = self.model().in_doubt();
+        self.offline(&[], |s| settle_unflushed(s, Unflushed::Trust).map(drop))?;
+        self.reopen_in_doubt()?;
+        check_equal("what was trusted", self.model().disk.now(), &shown)?;
+        self.slot_mut().model = self.model().with_disk(shown);
+        self.slot_mut().unflushed.clear();
+        Ok(true)
+    }
+
+    /// What was not flushed is given up within its boot.
+    pub(super) fn discard_unflushed(&mut self) -> Result<bool, String> {
+        if self.setting.domain() == Domain::Dax {
+            return Ok(false);
+        }
+        self.slot_mut().model = self.model().in_doubt();
+        self.offline(&[], |s| settle_unflushed(s, Unflushed::Discard).map(drop))?;
+        self.slot_mut().unflushed.clear();
+        self.reopen_in_doubt()
+    }
+
+    /// A piece of an operation on the image while nobody has it open.
+    fn offline(
+        &mut self,
+        steps: &[Model],
+        piece: impl FnOnce(&Stored) -> pcow_format::Result<()>,
+    ) -> Result<(), String> {
+        let name = self.slot().name;
+        self.slot_mut().image = None;
+        self.transition(steps, |run| {
+            let stored = setting::stored(&run.sim, name, run.boot)?;
+            piece(&stored).map_err(text)
+        })
+    }
+
+    /// Opens the image, of which that is there what a power cut could have left.
+    fn reopen_in_doubt(&mut self) -> Result<bool, String> {
+        self.reopen()?;
+        let (plan, image) = (self.setting.plan(), self.image().clone());
+        let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
+        self.model().disk.check_after_cut(&found)?;
+        self.slot_mut().model = self.model().with_found(found);
+        Ok(true)
+    }
+
+    /// A new image takes in the bytes of a file: those of the image that nothing is based on.
+    pub(super) fn import(&mut self) -> Result<bool, String> {
+        self.clones += 1;
+        let name = format!("clone-{}", self.clones);
+        let shown = self.setting.bystanders.last().cloned();
+        let after = self
+            .model()
+            .with_image(&name, shown.ok_or("no image to take from")?);
+        let plan = self.setting.plan();
+        self.transition(&[after], |run| {
+            let source = setting::stored(&run.sim, OTHER, run.boot)?;
+            let file = source
+                .directory()
+                .open(&data_name(source.root().active), Access::Read)
+                .map_err(|e| e.to_string())?;
+            let fill = &mut |image: &Image| import_all(image, file.as_ref());
+            let new = setting::new_image(plan, &name, None);
+            let env = setting::environment(&run.sim, run.boot);
+            let created = create_filled_in(run.sim.top().as_ref(), &name, &new, &env, fill);
+            created.map(drop).map_err(text)
+        })?;
+        Ok(true)
+    }
+
     /// Whether the active layer holds nothing and is as large as what is below it, so that a clone can do without it.
     pub(super) fn shows_its_parent(&self) -> Result<bool, String> {
         let root = self.image().root();
@@ -80,4 +176,17 @@ impl Run<'_> {
         });
         Ok(same && self.is_untouched()?)
     }
+}
+
+fn import_all(image: &Image, file: &dyn File) -> pcow_format::Result<()> {
+    let mut at = 0;
+    let data = |at| {
+        let found = file.next_data(at);
+        found.map_err(|e| Error::new(ErrorKind::Io, "cannot look for data").caused_by(e))
+    };
+    while let Some(range) = data(at)? {
+        at = range.end;
+        image.import(file, range)?;
+    }
+    Ok(())
 }

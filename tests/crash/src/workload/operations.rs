@@ -66,6 +66,13 @@ pub static OPERATIONS: &[Operation] = &[
     operation("write zeros", 1, |r| r.write_zeros()),
     operation("compact", 1, |r| r.compact()),
     operation("resize", 1, |r| r.resize()),
+    operation("repair", 1, |r| r.repair()),
+    operation("flush that fails, and repair", 0, |r| {
+        r.repair_after_failed_flush()
+    }),
+    operation("trust after a reboot", 1, |r| r.trust_unflushed()),
+    operation("give up", 1, |r| r.discard_unflushed()),
+    operation("import", 1, |r| r.import()),
     operation("kill", 1, |r| r.kill()),
     operation("power cut", 1, |r| r.reboot(false)),
     operation("reboot", 1, |r| r.reboot(true)),

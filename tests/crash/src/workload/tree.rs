@@ -178,7 +178,7 @@ impl Run<'_> {
         self.reopen()
     }
 
-    fn reopen(&mut self) -> Result<bool, String> {
+    pub(super) fn reopen(&mut self) -> Result<bool, String> {
         let name = self.slot().name;
         let image = self.transition(&[], |run| setting::open(&run.sim, name, run.boot))?;
         self.slot_mut().image = Some(Arc::new(image));
@@ -188,16 +188,7 @@ impl Run<'_> {
     /// The machine loses power, or is started anew in order, and another boot opens the images.
     pub(super) fn reboot(&mut self, everything_written_back: bool) -> Result<bool, String> {
         self.slots.iter_mut().for_each(|slot| slot.image = None);
-        let moment = self.sim.now();
-        let choices = moment.choices();
-        let picks = if everything_written_back {
-            newest(&choices)
-        } else {
-            self.random.picks(&choices)
-        };
-        self.sim = moment.power_cut(&choices, &picks);
-        self.begin();
-        self.boot += 1;
+        self.cut_power(everything_written_back);
         let plan = self.setting.plan();
         for slot in &mut self.slots {
             slot.unflushed.clear();
@@ -209,6 +200,20 @@ impl Run<'_> {
             slot.image = Some(Arc::new(image));
         }
         Ok(true)
+    }
+
+    /// Another boot, in which nobody has opened anything yet.
+    pub(super) fn cut_power(&mut self, everything_written_back: bool) {
+        let moment = self.sim.now();
+        let choices = moment.choices();
+        let picks = if everything_written_back {
+            newest(&choices)
+        } else {
+            self.random.picks(&choices)
+        };
+        self.sim = moment.power_cut(&choices, &picks);
+        self.begin();
+        self.boot += 1;
     }
 
     /// The root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
