@@ -335,7 +335,7 @@ impl Active {
     /// # Errors
     /// `FlushFailed`.
     pub fn flush(&self) -> Result<()> {
-        self.unless_failed(|| self.flush_once().inspect_err(|_| self.distrust_live()))
+        self.unless_failed(|| self.flush_once())
     }
 
     /// M14: pages that a failed sync did not write count as written. They can be dropped at any time, and then show what the
@@ -389,6 +389,7 @@ impl Active {
         let noted = self.note_live()?;
         self.data
             .sync_data(Site("active.flush.data"))
+            .inspect_err(|_| self.distrust_live())
             .context(|| "cannot sync the data file".to_owned())?;
         if self.domain == Domain::Dax && noted.is_empty() {
             return Ok(());

@@ -16,7 +16,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
-pub use create::{Base, Created, Fill, NewImage, create, create_filled, create_filled_in, create_in};
+pub use create::{
+    Base, Created, Fill, NewImage, create, create_filled, create_filled_in, create_in,
+};
 pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use receive::{

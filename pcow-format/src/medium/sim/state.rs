@@ -305,9 +305,7 @@ impl FileNode {
             Some(mix(*page, digest))
         };
         let pages = self.pages.iter().filter_map(held);
-        *self
-            .digest
-            .get_or_init(|| pages.fold(*self.len.now(), mix))
+        *self.digest.get_or_init(|| pages.fold(*self.len.now(), mix))
     }
 }
 

@@ -50,6 +50,8 @@ pub struct World {
     boot: u128,
     /// What `img` shows.
     pub(super) expected: Vec<u8>,
+    /// What it showed when it was last flushed before an operation.
+    pub(super) durable: Vec<u8>,
     base: Vec<u8>,
     other: Vec<u8>,
     scratch: Option<Scratch>,
@@ -235,6 +237,7 @@ impl World {
             image: None,
             boot: 1,
             expected: vec![0; DISK],
+            durable: Vec::new(),
             base: vec![0; DISK],
             other: vec![0; DISK],
             scratch,
@@ -249,6 +252,7 @@ impl World {
             }
             None => world.build().map_err(text)?,
         }
+        world.durable = world.expected.clone();
         Ok(world)
     }
 
