@@ -5,13 +5,11 @@
 //! to a bound, and a seeded sample above it. Recovery from a power cut is itself cut at each of its acts. After a death
 //! the image is used, flushed and cut once more.
 
-use std::collections::BTreeMap;
-
-use pcow_format::medium::Site;
 use pcow_format::medium::sim::{Choice, Moment, Sim};
 
 mod contents;
 
+use crate::coverage::{Cells, OPENING, RECOVERY, medium};
 use crate::digest::{Digest, DigestSet};
 use crate::oracle::{End, Survivor, Use, is_marked, judge, use_and_flush};
 use crate::random::{Random, newest};
@@ -44,8 +42,8 @@ pub struct Stats {
     pub workloads: u64,
     /// Acts after which there was a crash.
     pub acts: u64,
-    /// How often each operation was cut at each site.
-    pub sites: BTreeMap<(&'static str, Site), u64>,
+    /// How often each operation was cut off at each site.
+    pub cells: Cells,
     /// Crash states that were judged, each different from the others of its workload.
     pub states: u64,
 }
@@ -56,8 +54,8 @@ impl Stats {
         self.workloads += other.workloads;
         self.acts += other.acts;
         self.states += other.states;
-        for (key, count) in other.sites {
-            *self.sites.entry(key).or_default() += count;
+        for (key, count) in other.cells {
+            *self.cells.entry(key).or_default() += count;
         }
     }
 }
@@ -182,20 +180,25 @@ impl<'a> Explorer<'a> {
         seed: u64,
         chosen: impl Fn(&mut Random) -> bool,
     ) -> Result<(), Box<Violation>> {
-        let operation = operations.last().map_or("none", |o| o.name);
+        let operation = operations.last().map_or(OPENING, |o| o.name);
         let points = run.points();
         for (i, point) in points.iter().enumerate() {
             if !chosen(&mut self.random) {
                 continue;
             }
             self.stats.acts += 1;
-            let site = point.moment.act().site;
-            *self.stats.sites.entry((operation, site)).or_default() += 1;
+            self.cover(operation, &point.moment);
             if let Err(broken) = self.crash(&point.moment, &point.expected, run.boot) {
                 return Err(self.violation(operations, seed, acts(&points[..=i]), broken));
             }
         }
         Ok(())
+    }
+
+    fn cover(&mut self, operation: &'static str, moment: &Moment) {
+        let medium = medium(self.setting.domain());
+        let cell = (operation, medium, moment.act().site.0);
+        *self.stats.cells.entry(cell).or_default() += 1;
     }
 
     /// Everything that a crash at one moment can leave.
@@ -289,7 +292,7 @@ impl<'a> Explorer<'a> {
         let recovered = survivor.expected();
         for moment in &recovery {
             let site = moment.act().site;
-            *self.stats.sites.entry(("recovery", site)).or_default() += 1;
+            self.cover(RECOVERY, moment);
             self.crash_again(moment, &recovered, survivor.shape, boot)
                 .map_err(|b| b.preceded_by(format!("recovery up to {}", site.0)))?;
         }

@@ -10,6 +10,7 @@
 //! | `oracle` | the verdict on what a crash left |
 //! | `mutants` | formats with one fault each, which the search must find |
 //! | `errors` | calls that fail, each in every way |
+//! | `coverage` | which calls of which operations are cut off, and why others are not |
 //! | `digest` | what tells states apart |
 //! | `search` | many workloads on two threads, and what they leave counted |
 //! | `violation` | a broken promise, and how to see it again |

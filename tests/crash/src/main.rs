@@ -6,11 +6,13 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use pcow_crash::coverage::{Cells, contradictions, table};
 use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
 use pcow_crash::search::{BRIEF, CLOSE, FAST, Recovered, explore_long, explore_short, replay};
 use pcow_crash::setting::{SCENES, Setting};
+use pcow_crash::sites::is_of_others;
 use pcow_crash::violation::{Trace, Violation};
 use pcow_format::medium::Domain;
 
@@ -127,7 +129,8 @@ fn search(arguments: &Arguments) -> Result<(), String> {
     let settings: Vec<_> = SCENES.iter().map(|s| Setting::new(s, None)).collect();
     let searched = search_all(arguments, &settings, &recovered);
     let (violations, text) = match searched {
-        Ok(()) => (0, String::new()),
+        Ok(cells) if arguments.no_short => (0, cover(&cells, false)),
+        Ok(cells) => (0, cover(&cells, true)),
         Err(violation) => (1, violation.to_string()),
     };
     let (count, seconds) = (recovered.count(), start.elapsed().as_secs_f64());
@@ -135,7 +138,15 @@ fn search(arguments: &Arguments) -> Result<(), String> {
         "{count} states that differ after recovery, {violations} violations, {:.0} states per second",
         per_second(count, seconds)
     );
-    if violations > 0 { Err(text) } else { Ok(()) }
+    if text.is_empty() { Ok(()) } else { Err(text) }
+}
+
+/// Prints what was cut off where; returns what is wrong with that, if it is to be whole.
+fn cover(cells: &Cells, whole: bool) -> String {
+    println!("{}", table(cells));
+    let mut wrong = contradictions(cells);
+    wrong.retain(|_| whole);
+    wrong.join("\n")
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
@@ -147,7 +158,8 @@ fn search_all(
     arguments: &Arguments,
     settings: &[Setting],
     recovered: &Recovered,
-) -> Result<(), Box<Violation>> {
+) -> Result<Cells, Box<Violation>> {
+    let mut cells = Cells::new();
     for setting in settings.iter().filter(|_| !arguments.no_short) {
         let (start, before) = (Instant::now(), recovered.count());
         let stats = explore_short(limits(setting.scene.name), setting, recovered)?;
@@ -157,6 +169,7 @@ fn search_all(
             recovered.count() - before,
             start.elapsed(),
         );
+        add(&mut cells, stats);
     }
     let wanted = arguments
         .states
@@ -177,7 +190,14 @@ fn search_all(
         recovered.count() - before,
         start.elapsed(),
     );
-    Ok(())
+    add(&mut cells, stats);
+    Ok(cells)
+}
+
+/// Calls of the guest and of the user are none of the format's.
+fn add(cells: &mut Cells, stats: Stats) {
+    let own = stats.cells.into_iter().filter(|(k, _)| !is_of_others(k.2));
+    own.for_each(|(key, count)| *cells.entry(key).or_default() += count);
 }
 
 fn say(name: &str, stats: &Stats, new: u64, time: Duration) {

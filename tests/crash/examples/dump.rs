@@ -1,3 +1,0 @@
-fn main() {
-    pcow_crash::coverage::dump()
-}
