@@ -441,12 +441,6 @@ const EXCEPT: &[(&str, &str, &str, &str)] = &[
     ("give up", "", DAX, NONE_UNFLUSHED),
     (
         "flush of the map that fails",
-        "active.flush.map",
-        PAGE_CACHE,
-        "it is the call that fails",
-    ),
-    (
-        "flush of the map that fails",
         "",
         DAX,
         "on DAX a flush of no live cluster syncs no map",
@@ -482,6 +476,8 @@ const ALSO: &[(&str, &str, &str)] = &[
     // An opening on DAX settles what was live when the filesystem was mounted without it.
     (OPENING, DAX, "active.flush.word"),
     (OPENING, DAX, "active.word.write_back"),
+    ("flush of data that fails", PAGE_CACHE, "active.flush.data"),
+    ("flush of data that fails", DAX, "active.flush.data"),
 ];
 
 /// Why a cell is empty; `None` if it must not be.

@@ -5,6 +5,8 @@
 //! to a bound, and a seeded sample above it. Recovery from a power cut is itself cut at each of its acts. After a death
 //! the image is used, flushed and cut once more.
 
+use std::hash::Hasher;
+
 use pcow_format::medium::sim::{Choice, Moment, Sim};
 
 mod contents;
@@ -16,7 +18,7 @@ use crate::random::{Random, newest};
 use crate::search::Recovered;
 use crate::setting::Setting;
 use crate::violation::{Broken, Trace, Violation};
-use crate::workload::{Expected, Operation, Point, Run};
+use crate::workload::{Expected, Operation, Point, Run, put_newest_back};
 
 /// How far to go at one act.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +69,7 @@ pub struct Explorer<'a> {
     limits: Limits,
     recovered: &'a Recovered,
     random: Random,
-    /// Fingerprints of the crash states of this workload.
+    /// Fingerprints of the crash states of this workload, each with what is expected of it.
     seen: DigestSet,
     /// What was done so far.
     pub stats: Stats,
@@ -211,10 +213,10 @@ impl<'a> Explorer<'a> {
         if self.random.once_in(self.limits.depth) {
             self.kill(moment, expected, boot)?;
         }
-        let choices = moment.choices();
+        let (choices, wanted) = (moment.choices(), expected.digest());
         for picks in self.combinations(&choices, self.limits.exhaustive, self.limits.samples) {
             let sim = moment.power_cut(&choices, &picks);
-            if !self.seen.insert(sim.fingerprint()) {
+            if self.was_seen(&sim, wanted) {
                 continue;
             }
             let mut cut = Cut {
@@ -240,6 +242,8 @@ impl<'a> Explorer<'a> {
                 let few = 1 + self.random.below(4);
                 sim.evict(|| self.random.once_in(few));
             }
+            self.restore(&sim, expected, boot)
+                .map_err(Broken::after("killed"))?;
             let mut survivor = judge(self.setting, &sim, boot, expected, End::Killed)
                 .map_err(Broken::after("killed"))?;
             self.count(survivor.digest);
@@ -252,6 +256,14 @@ impl<'a> Explorer<'a> {
                 .map_err(|b| b.preceded_by("killed, used and flushed".to_owned()))?;
         }
         Ok(())
+    }
+
+    /// Puts the newest root back where an older one may be in place.
+    fn restore(&self, sim: &Sim, expected: &Expected, boot: u128) -> Result<(), String> {
+        match &expected.older {
+            Some(older) => put_newest_back(self.setting, sim, expected, older, boot),
+            None => Ok(()),
+        }
     }
 
     fn cut_later(&mut self, sim: &Sim, expected: &Expected, boot: u128) -> Result<(), Broken> {
@@ -275,9 +287,11 @@ impl<'a> Explorer<'a> {
         boot: u128,
     ) -> Result<(), Broken> {
         let deep = self.random.once_in(self.limits.depth);
+        sim.watch();
+        self.restore(sim, expected, boot)
+            .map_err(Broken::after(""))?;
         if deep {
             sim.record();
-            sim.watch();
         }
         let mut survivor =
             judge(self.setting, sim, boot, expected, End::PowerCut).map_err(Broken::after(""))?;
@@ -290,10 +304,11 @@ impl<'a> Explorer<'a> {
         }
         let recovery = std::mem::take(&mut survivor.recovery);
         let recovered = survivor.expected();
+        let wanted = recovered.digest();
         for moment in &recovery {
             let site = moment.act().site;
             self.cover(RECOVERY, moment);
-            self.crash_again(moment, &recovered, survivor.shape, boot)
+            self.crash_again(moment, (&recovered, wanted), survivor.shape, boot)
                 .map_err(|b| b.preceded_by(format!("recovery up to {}", site.0)))?;
         }
         use_and_flush(self.setting, &mut survivor, Use::All).map_err(Broken::after("use"))
@@ -302,7 +317,7 @@ impl<'a> Explorer<'a> {
     fn crash_again(
         &mut self,
         moment: &Moment,
-        expected: &Expected,
+        (expected, wanted): (&Expected, u64),
         shape: Digest,
         boot: u128,
     ) -> Result<(), Broken> {
@@ -312,7 +327,7 @@ impl<'a> Explorer<'a> {
         let choices = moment.choices();
         for picks in self.combinations(&choices, self.limits.nested, self.limits.nested) {
             let sim = moment.power_cut(&choices, &picks);
-            if !self.seen.insert(sim.fingerprint()) {
+            if self.was_seen(&sim, wanted) {
                 continue;
             }
             let judged = judge(self.setting, &sim, boot + 1, expected, End::PowerCut);
@@ -321,6 +336,14 @@ impl<'a> Explorer<'a> {
             self.count(survivor.digest);
         }
         Ok(())
+    }
+
+    /// Whether that medium was judged before against the same expectation.
+    fn was_seen(&mut self, sim: &Sim, wanted: u64) -> bool {
+        let mut digest = Digest::default();
+        digest.write_u64(sim.fingerprint());
+        digest.write_u64(wanted);
+        !self.seen.insert(digest.finish())
     }
 
     fn count(&mut self, digest: u64) {

@@ -2,7 +2,7 @@
 //! What an image must show: the naive oracle of the crash tests. Knows bytes and promises, no file and no medium.
 
 use std::collections::BTreeMap;
-use std::hash::Hasher;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use crate::digest::Digest;
@@ -153,6 +153,11 @@ impl Disk {
         self.later.clear();
     }
 
+    fn hash_promise(&self, digest: &mut Digest) {
+        (self.now.digest(), self.promised.digest()).hash(digest);
+        self.later.hash(digest);
+    }
+
     /// Whether a power cut may leave `found`: each word as promised, or as stored since.
     pub fn check_after_cut(&self, found: &Contents) -> Result<(), String> {
         for (index, (found, promised)) in found.0.iter().zip(&self.promised.0).enumerate() {
@@ -227,6 +232,18 @@ impl Model {
             doubtful: false,
             next_snapshot: 1,
         }
+    }
+
+    /// All that is expected of an image.
+    pub fn hash_expectation(&self, digest: &mut Digest) {
+        self.disk.hash_promise(digest);
+        for snapshot in &self.snapshots {
+            (snapshot.number, snapshot.digest).hash(digest);
+        }
+        for (name, contents) in &self.clones {
+            (name, contents.digest()).hash(digest);
+        }
+        (self.failed, self.doubtful).hash(digest);
     }
 
     /// A snapshot of what the disk shows; all of it is durable with it.

@@ -61,6 +61,7 @@ impl Survivor {
             image: self.name,
             possible: vec![self.model.clone()],
             other: self.other.clone(),
+            older: None,
         }
     }
 }

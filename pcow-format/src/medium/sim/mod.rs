@@ -266,16 +266,25 @@ impl Sim {
         }
         self.lock().fail_if_due(site)?;
         self.run_hooks(site, When::Before);
-        {
-            let mut inner = self.lock();
-            step(&mut inner)?;
-            if inner.recorded.is_some() {
-                let on = on.to_owned();
-                let moment = self.moment(&inner, Act { site, on }, Arc::new(step));
-                inner.recorded.get_or_insert_default().push(moment);
-            }
-        }
+        self.perform(site, on, step)?;
         self.run_hooks(site, When::After);
+        Ok(())
+    }
+
+    /// Performs and records what cannot fail by plan: an act, or what a call does that has failed.
+    fn perform(
+        &self,
+        site: Site,
+        on: &str,
+        step: impl Fn(&mut Inner) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        let mut inner = self.lock();
+        step(&mut inner)?;
+        if inner.recorded.is_some() {
+            let on = on.to_owned();
+            let moment = self.moment(&inner, Act { site, on }, Arc::new(step));
+            inner.recorded.get_or_insert_default().push(moment);
+        }
         Ok(())
     }
 

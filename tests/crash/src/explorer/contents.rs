@@ -71,6 +71,7 @@ impl Explorer<'_> {
             return Ok(());
         }
         let alone = cut.moment.power_cut(cut.choices, &cut.picks);
+        self.restore(&alone, expected, boot)?;
         let judged = judge(self.setting, &alone, boot, expected, End::PowerCut)?;
         if judged.digest != digest {
             return Err("an opening served a state that it can tell from its own".to_owned());

@@ -7,16 +7,20 @@ mod operations;
 mod stream;
 mod tree;
 
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
 use pcow_format::Image;
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::ops::Base;
+use uuid::Uuid;
 
 pub use guest::{store_word, write_back};
 pub use operations::{OPERATIONS, Operation};
+pub use tree::put_newest_back;
 
+use crate::digest::Digest;
 use crate::model::{Contents, Model, Place, check_equal};
 use crate::random::Random;
 use crate::setting::{self, OTHER, Setting, text};
@@ -26,6 +30,18 @@ use crate::setting::{self, OTHER, Setting, text};
 struct Transition {
     acts: Range<usize>,
     possible: Vec<Model>,
+    older: Option<Arc<OlderRoot>>,
+}
+
+/// An older root is in place, or may be.
+#[derive(Debug)]
+pub struct OlderRoot {
+    /// The text of the newest one.
+    pub newest: Vec<u8>,
+    /// Its active layer.
+    pub active: Uuid,
+    /// What the image has shown after each operation.
+    pub past: Vec<Contents>,
 }
 
 /// What the images must show after a crash.
@@ -37,6 +53,23 @@ pub struct Expected {
     pub possible: Vec<Model>,
     /// The other image, if there is one, shows this.
     pub other: Option<(&'static str, Model)>,
+    /// First somebody opens the image as it is, and puts the newest root back.
+    pub older: Option<Arc<OlderRoot>>,
+}
+
+impl Expected {
+    /// A digest of all of it: the same medium may be right before a promise and wrong after it.
+    pub fn digest(&self) -> u64 {
+        let mut digest = Digest::default();
+        (self.image, self.older.is_some()).hash(&mut digest);
+        let models = self.possible.iter();
+        models.for_each(|m| m.hash_expectation(&mut digest));
+        if let Some((name, model)) = &self.other {
+            name.hash(&mut digest);
+            model.hash_expectation(&mut digest);
+        }
+        digest.finish()
+    }
 }
 
 /// A moment of an operation, with what a crash then may leave.
@@ -79,6 +112,8 @@ pub struct Run<'a> {
     stores: u64,
     clones: usize,
     random: Random,
+    /// Set while an older root is in place.
+    older: Option<Arc<OlderRoot>>,
     /// Nothing can follow.
     ended: bool,
 }
@@ -97,6 +132,7 @@ impl<'a> Run<'a> {
             stores: 0,
             clones: 0,
             random: Random(seed),
+            older: None,
             ended: false,
         };
         run.begin();
@@ -162,11 +198,13 @@ impl<'a> Run<'a> {
 
     fn expected(&self, act: usize) -> Expected {
         let during = self.transitions.iter().find(|t| t.acts.contains(&act));
-        self.expecting(match during {
+        let mut expected = self.expecting(match during {
             None => vec![self.slot().model.clone()],
             Some(t) if act + 1 == t.acts.end => t.possible.last().cloned().into_iter().collect(),
             Some(t) => t.possible.clone(),
-        })
+        });
+        expected.older = during.and_then(|t| t.older.clone());
+        expected
     }
 
     fn expecting(&self, possible: Vec<Model>) -> Expected {
@@ -175,6 +213,7 @@ impl<'a> Run<'a> {
             image: self.slot().name,
             possible,
             other: others.map(|(_, slot)| (slot.name, slot.model.clone())),
+            older: None,
         }
     }
 
@@ -208,6 +247,7 @@ impl<'a> Run<'a> {
         self.transitions.push(Transition {
             acts: start..self.sim.recorded(),
             possible,
+            older: self.older.clone(),
         });
         if let Some(last) = steps.last() {
             self.slot_mut().model = last.clone();

@@ -7,7 +7,7 @@ use pcow_format::repair::{Unflushed, repair, settle_unflushed};
 use pcow_format::{Error, ErrorKind, Image, Stored, VirtualSize, data_name};
 
 use super::Run;
-use crate::model::{CLUSTER_BYTES, Model, Role, WORD_BYTES, check_equal};
+use crate::model::{CLUSTER_BYTES, Model, Role, WORD_BYTES};
 use crate::setting::{self, OTHER, text};
 
 /// What a resize adds or takes away: a step of sizes.
@@ -97,14 +97,13 @@ impl Run<'_> {
         }
         self.slot_mut().image = None;
         self.cut_power(true);
-        let shown = self.model().disk.now().clone();
+        let trusted = self.model().with_disk(self.model().disk.now().clone());
         self.slot_mut().model = self.model().in_doubt();
-        self.offline(&[], |s| settle_unflushed(s, Unflushed::Trust).map(drop))?;
-        self.reopen_in_doubt()?;
-        check_equal("what was trusted", self.model().disk.now(), &shown)?;
-        self.slot_mut().model = self.model().with_disk(shown);
+        self.offline(&[trusted], |s| {
+            settle_unflushed(s, Unflushed::Trust).map(drop)
+        })?;
         self.slot_mut().unflushed.clear();
-        Ok(true)
+        self.reopen()
     }
 
     /// What was not flushed is given up within its boot.
@@ -153,9 +152,14 @@ impl Run<'_> {
         let plan = self.setting.plan();
         self.transition(&[after], |run| {
             let source = setting::stored(&run.sim, OTHER, run.boot)?;
+            // Its present layer is a new one once something was based on it.
+            let mut layers = source.root().layers.iter();
+            let lowest = layers
+                .find(|l| l.parent.is_none())
+                .ok_or("no lowest layer")?;
             let file = source
                 .directory()
-                .open(&data_name(source.root().active), Access::Read)
+                .open(&data_name(lowest.uuid), Access::Read)
                 .map_err(|e| e.to_string())?;
             let fill = &mut |image: &Image| import_all(image, file.as_ref());
             let new = setting::new_image(plan, &name, None);

@@ -3,14 +3,16 @@
 
 use std::sync::Arc;
 
+use pcow_format::medium::sim::Sim;
 use pcow_format::medium::{Access, Site};
 use pcow_format::ops::Checksum;
-use pcow_format::{ErrorKind, Image, ROOT_FILE};
+use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
+use uuid::Uuid;
 
-use super::{Run, other_base};
+use super::{Expected, OlderRoot, Run, other_base};
 use crate::model::{Model, Role, Snapshot};
 use crate::random::newest;
-use crate::setting::{self, text};
+use crate::setting::{self, Setting, text};
 
 const EXDEV: i32 = 18;
 const ENOSPC: i32 = 28;
@@ -227,26 +229,52 @@ impl Run<'_> {
             // I5: an unnamed layer that holds nothing may go.
             return Ok(false);
         }
-        let name = self.slot().name;
+        let active = self.image().root().active;
         self.slot_mut().image = None;
-        // Somebody who does this does not cut the power meanwhile: what would be left is his own.
-        put_root(self, &older)?;
-        let plan = self.setting.plan();
-        match setting::try_open(&self.sim, name, self.boot) {
-            Ok(image) => {
-                let found = setting::read_tracked(plan, |at, buf| image.read(at, buf))?;
-                if !self.slot().past.contains(&found) {
-                    return Err("an older root shows what was never there".to_owned());
-                }
-            }
-            Err(e) if matches!(e.kind(), ErrorKind::Linked | ErrorKind::BaseMissing) => {}
-            Err(e) if e.kind() == ErrorKind::Corrupt && text_of(&e).contains("No such file") => {}
-            Err(e) => return Err(format!("with an older root: {}", text(e))),
-        }
-        put_root(self, &newest)?;
-        self.begin();
+        let past = self.slot().past.clone();
+        self.older = Some(Arc::new(OlderRoot {
+            newest,
+            active,
+            past,
+        }));
+        self.transition(&[], |run| {
+            put_root(&run.sim, run.slot().name, &older)?;
+            let expected = run.expecting(vec![run.model().clone()]);
+            let older = run.older.clone().ok_or("no older root")?;
+            put_newest_back(run.setting, &run.sim, &expected, &older, run.boot)
+        })?;
+        self.older = None;
         self.reopen()
     }
+}
+
+/// Somebody opens the image under a root that may be an older one, which shows what it has shown once, or is refused;
+/// then the newest root is put back.
+pub fn put_newest_back(
+    setting: &Setting,
+    sim: &Sim,
+    expected: &Expected,
+    older: &OlderRoot,
+    boot: u128,
+) -> Result<(), String> {
+    if !holds_words(setting, sim, expected.image, older.active)? {
+        // I5: to an older root it is a layer of an operation that was cut off, and goes.
+        return put_root(sim, expected.image, &older.newest);
+    }
+    match setting::try_open(sim, expected.image, boot) {
+        Ok(image) => {
+            let found = setting::read_tracked(setting.plan(), |at, buf| image.read(at, buf))?;
+            let mut models = expected.possible.iter();
+            let may_be = models.any(|m| m.disk.check_after_cut(&found).is_ok());
+            if !may_be && !older.past.contains(&found) {
+                return Err("an older root shows what was never there".to_owned());
+            }
+        }
+        Err(e) if matches!(e.kind(), ErrorKind::Linked | ErrorKind::BaseMissing) => {}
+        Err(e) if e.kind() == ErrorKind::Corrupt && text_of(&e).contains("No such file") => {}
+        Err(e) => return Err(format!("with an older root: {}", text(e))),
+    }
+    put_root(sim, expected.image, &older.newest)
 }
 
 fn text_of(error: &pcow_format::Error) -> String {
@@ -268,15 +296,39 @@ pub(super) fn root_text(image: &Image) -> Result<Vec<u8>, String> {
     read().map_err(|e: std::io::Error| format!("{ROOT_FILE}: {e}"))
 }
 
-fn put_root(run: &Run<'_>, text: &[u8]) -> Result<(), String> {
+fn holds_words(setting: &Setting, sim: &Sim, image: &str, layer: Uuid) -> Result<bool, String> {
+    let read = || {
+        let map = sim
+            .top()
+            .open_dir(image)?
+            .open(&map_name(layer), Access::Read)?;
+        let mut held = false;
+        for number in &setting.words {
+            let mut raw = [0; 8];
+            map.read_at(&mut raw, map::word_offset(*number))?;
+            held |= raw != [0; 8];
+        }
+        Ok(held)
+    };
+    read().map_err(|e: std::io::Error| format!("the newest layer's map: {e}"))
+}
+
+/// Replaces the root as a careful user does, who restores that file alone.
+fn put_root(sim: &Sim, image: &str, text: &[u8]) -> Result<(), String> {
     let put = || {
-        let dir = run.sim.top().open_dir(run.slot().name)?;
+        let dir = sim.top().open_dir(image)?;
         let site = Site("user.root");
-        dir.unlink(site, ROOT_FILE)?;
-        let file = dir.create(site, ROOT_FILE)?;
+        if dir.names()?.iter().any(|n| n == RESTORED) {
+            dir.unlink(site, RESTORED)?;
+        }
+        let file = dir.create(site, RESTORED)?;
         file.write_at(site, text, 0)?;
         file.sync_data(site)?;
+        dir.rename(site, RESTORED, ROOT_FILE)?;
         dir.sync(site)
     };
     put().map_err(|e: std::io::Error| format!("{ROOT_FILE}: {e}"))
 }
+
+/// Where a user restores a root to, before it gets its name.
+const RESTORED: &str = "image.json.restored";
