@@ -4,9 +4,9 @@
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
-use pcow_format::{Cluster, ErrorKind, Image, data_name};
+use pcow_format::{Cluster, ErrorKind, FLUSH_FAILED_FILE, Image, data_name};
 
-use pcow_crash::model::CLUSTER_BYTES;
+use pcow_crash::model::{CLUSTER_BYTES, SMALL};
 use pcow_crash::setting::{self, IMAGE, SCENES, Setting};
 use pcow_crash::workload::other_base;
 
@@ -168,4 +168,50 @@ fn after_a_root_that_may_not_be_durable_no_flush_succeeds_and_no_sealed_layer_ch
     assert_eq!(stored.root().snapshots.len(), 1);
     let report = pcow_format::check::check(&stored).unwrap();
     assert_eq!(report.corruptions, Vec::<String>::new());
+}
+
+/// A flush failed; the kernel took the pages that it could not write for written (M14), dropped them, and read them anew:
+/// they showed what the medium held, which under a copy that was never written is nothing. Whoever removed the mark of the
+/// failed flush then found zeros in place of the base's bytes, since the cluster was live in this very boot. What is
+/// live is not trusted any more once a flush has failed.
+#[test]
+fn what_a_failed_flush_lost_does_not_hide_the_base() {
+    let (sim, image, boot) = start(Domain::PageCache);
+    let base = load(&image, BASE * CLUSTER_BYTES + 4096);
+    assert_ne!(base, 0);
+    image
+        .make_writable(Cluster(BASE).only(), &mut Vec::new())
+        .unwrap();
+    sim.fail(Site("active.flush.data"), libc::EIO);
+    assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::FlushFailed);
+    drop(image);
+    sim.evict(|| true);
+    let dir = sim.top().open_dir(IMAGE).unwrap();
+    dir.unlink(Site("user.unlink"), FLUSH_FAILED_FILE).unwrap();
+    let image = setting::open(&sim, IMAGE, boot).unwrap();
+    assert_eq!(load(&image, BASE * CLUSTER_BYTES + 4096), base);
+}
+
+/// The sync of the parent failed, and with it the creation; the image was there all the same, complete, under a name that a
+/// power cut could take. It is removed now.
+#[test]
+fn a_creation_whose_name_may_not_last_leaves_nothing() {
+    let (sim, image, boot) = start(Domain::PageCache);
+    drop(image);
+    sim.fail(Site("create.parent.sync"), libc::EIO);
+    let before = sim.top().names().unwrap();
+    setting::create(&SMALL, &sim, "new", None, boot).unwrap_err();
+    assert_eq!(sim.top().names().unwrap(), before);
+}
+
+/// The same, and the medium refuses to take it back: the error names what is left.
+#[test]
+fn a_creation_that_cannot_be_taken_back_says_so() {
+    let (sim, image, boot) = start(Domain::PageCache);
+    drop(image);
+    sim.fail(Site("create.parent.sync"), libc::EIO);
+    sim.fail(Site("create.back.rename"), libc::EIO);
+    let error = setting::create(&SMALL, &sim, "new", None, boot).unwrap_err();
+    assert!(error.starts_with("new or new."), "{error}");
+    setting::open(&sim, "new", boot).unwrap();
 }
