@@ -2,6 +2,8 @@
 //! What is served: an image for writing, or one for reading only, behind one interface in bytes of the disk.
 //! Knows the image, not the frontend.
 
+#[cfg(test)]
+mod failing;
 mod maybe_clean;
 mod read_only;
 mod writable;

@@ -33,7 +33,7 @@ const BLOCK_BYTES: u64 = 2 << 20;
 const CLEAN_BYTES: u64 = 2 << 20;
 
 /// How often it is tried to open a layer again that could not be sealed.
-const REOPEN: Duration = Duration::from_secs(1);
+const REOPEN: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 1000 });
 
 /// The image, and what of it never changes while it is served: who reads events must not wait for the rest (F4).
 #[derive(Debug)]

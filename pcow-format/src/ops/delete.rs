@@ -192,7 +192,10 @@ impl Image {
         let (target, _) = Active::open(merged.to_string(), geometry, files, boot)?;
         self.refuse_without_space(layers.copy_into(&target, &row, shared, Mode::Count)?)?;
         let copied = layers.copy_into(&target, &row, shared, Mode::Copy)?;
-        target.flush()?;
+        // I7 is about what a guest was promised: nobody uses this layer yet, and it goes.
+        let what = "cannot make the new layer durable";
+        let flushed = target.flush();
+        flushed.map_err(|e| Error::new(ErrorKind::Io, what).caused_by(e))?;
         row.sealed = true;
         row.map_checksum = Some(target.map_checksum()?);
         for snapshot in root.snapshots.iter_mut().filter(|s| s.layer == upper) {

@@ -125,7 +125,7 @@ pub fn judge(
     let with_digest = |i: &usize| (*i, digest_beside(setting, &expected.possible[*i]));
     let recovery = sim.moments();
     case.check_bystanders()?;
-    case.check_names()?;
+    case.check_names(&expected.possible)?;
     Ok(Survivor {
         name: expected.image,
         model: case.model_after(&opened),
@@ -351,14 +351,18 @@ impl Case<'_> {
         Ok(Some(digest.finish()))
     }
 
-    /// I6: what is called like an image is one, promised or not.
-    fn check_names(&self) -> Result<(), String> {
+    /// I6: what is called like an image is one, promised or not, and complete.
+    fn check_names(&self, possible: &[Model]) -> Result<(), String> {
         let names = self.sim.top().names().map_err(|e| e.to_string())?;
         for name in names
             .iter()
             .filter(|n| n.starts_with("clone") && !n.ends_with(".part"))
         {
-            setting::stored(self.sim, name, self.boot)?;
+            let mut clones = possible.iter().flat_map(|m| &m.clones);
+            match clones.find(|(n, _)| n == name) {
+                Some((_, contents)) => self.check_other(name, contents)?,
+                None => drop(setting::stored(self.sim, name, self.boot)?),
+            }
         }
         Ok(())
     }

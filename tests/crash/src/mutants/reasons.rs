@@ -177,6 +177,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "two syncs of one file or directory",
         &[
+            ("root.dir.sync", "open.dir.sync"),
             ("open.dir.sync", "adopt.dir.sync"),
             ("repair.flush_failed.sync", "open.dir.sync"),
             ("active.open.tag_sync", "active.open.map_sync"),
@@ -239,6 +240,10 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         &[("repair.flush_failed.unlink", "repair.flush_failed.sync")],
     ),
     (
+        "what is live is promised nothing, and may be given up early",
+        &[("active.flush.data", "active.flush.distrust")],
+    ),
+    (
         "no word turned durable between the two",
         &[("active.flush.data", "active.flush.map")],
     ),
@@ -249,6 +254,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "the mark tells of a sync that failed, not of one that comes",
         &[
+            ("active.flush.map", "flush.mark.create"),
             ("active.flush.word", "flush.mark.create"),
             ("active.flush.data", "flush.mark.create"),
         ],
