@@ -244,6 +244,10 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         &[("active.flush.data", "active.flush.distrust")],
     ),
     (
+        "on DAX what a new image takes in is durable before its word (active.import.sync)",
+        &[("active.flush.data", "create.rename")],
+    ),
+    (
         "no word turned durable between the two",
         &[("active.flush.data", "active.flush.map")],
     ),

@@ -60,7 +60,8 @@ impl Traces {
         for (i, pair) in sites.windows(2).enumerate() {
             let by_user = pair.iter().any(|site| site.starts_with("user."));
             // A user begins when a program has ended, and the other way round.
-            if !by_user && !(is_of_others(pair[0]) && is_of_others(pair[1])) {
+            let by_others = pair.iter().all(|site| is_of_others(site));
+            if !by_user && !by_others {
                 note(Mutant::Swapped(pair[0], pair[1]), i);
             }
         }
