@@ -106,6 +106,28 @@ pub(super) const STEPS: &[(&str, &[&str])] = &[
         &["repair.flush_failed.unlink", "repair.flush_failed.sync"],
     ),
     ("clean up", &["sweep.part.unlink"]),
+    (
+        "note progress",
+        &[
+            "receive.progress.create",
+            "receive.progress.write",
+            "receive.progress.sync",
+            "receive.progress.rename",
+            "receive.progress.dir.sync",
+        ],
+    ),
+    (
+        "name what was received",
+        &[
+            "receive.rename",
+            "receive.parent.sync",
+            "receive.done.unlink",
+        ],
+    ),
+    (
+        "drop the partial image",
+        &["receive.gone.rename", "receive.gone.sync"],
+    ),
 ];
 
 /// What operations do.
@@ -157,10 +179,14 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
         &["word", "copy", "allocate", "leave zero", "ensure storage"],
     ),
     ("give back clean", &["word", "make absent"]),
-    ("snapshot", &["flush", "new layer", "commit"]),
+    (
+        "snapshot",
+        &["give prepared back", "flush", "new layer", "commit"],
+    ),
     (
         "live snapshot",
         &[
+            "give prepared back",
             "flush",
             "new layer",
             "commit",
@@ -187,6 +213,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     (
         "delete below a sealed layer",
         &[
+            "give prepared back",
             "word",
             "copy",
             "allocate",
@@ -280,7 +307,16 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
         "compact",
         &["word", "make absent", "flush", "give unused back"],
     ),
-    ("resize", &["flush", "new layer", "commit", "remove layer"]),
+    (
+        "resize",
+        &[
+            "give prepared back",
+            "flush",
+            "new layer",
+            "commit",
+            "remove layer",
+        ],
+    ),
     ("repair", &["open", "flush", "give unused back"]),
     (
         "flush that fails, and repair",
@@ -311,6 +347,42 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "word",
             "flush",
             "name image",
+        ],
+    ),
+    (
+        "receive",
+        &[
+            "begin image",
+            "link",
+            "adopt",
+            "new layer",
+            "commit",
+            "name image",
+            "open",
+            "word",
+            "copy",
+            "flush",
+            "note progress",
+            "give prepared back",
+            "remove layer",
+            "drop the partial image",
+            "discard image",
+        ],
+    ),
+    (
+        "receive a new image",
+        &[
+            "begin image",
+            "new layer",
+            "commit",
+            "name image",
+            "open",
+            "word",
+            "copy",
+            "flush",
+            "note progress",
+            "give prepared back",
+            "name what was received",
         ],
     ),
     ("kill", &["open"]),
@@ -395,6 +467,10 @@ pub(super) const NEVER: &[(&str, &str)] = &[
     (
         "delete.clone.sync",
         "the simulated filesystems share no storage",
+    ),
+    (
+        "receive.progress.unlink",
+        "for a note after one that was cut off in the same partial image: recovery is used like that",
     ),
     (
         "repair.past_end.sync",
