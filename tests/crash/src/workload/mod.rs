@@ -40,7 +40,7 @@ pub struct OlderRoot {
     pub newest: Vec<u8>,
     /// Its active layer.
     pub active: Uuid,
-    /// What the image has shown after each operation.
+    /// What the image has shown after each piece of an operation.
     pub past: Vec<Contents>,
 }
 
@@ -89,7 +89,7 @@ struct Slot {
     model: Model,
     /// Words stored and not written back since.
     unflushed: Vec<Place>,
-    /// What it has shown after each operation.
+    /// What it has shown after each piece of an operation.
     past: Vec<Contents>,
     /// Texts that its root has had.
     roots: Vec<Vec<u8>>,
@@ -250,7 +250,9 @@ impl<'a> Run<'a> {
             older: self.older.clone(),
         });
         if let Some(last) = steps.last() {
-            self.slot_mut().model = last.clone();
+            let slot = self.slot_mut();
+            slot.model = last.clone();
+            slot.past.push(last.disk.now().clone());
         }
         Ok(result)
     }
