@@ -123,7 +123,7 @@ impl<'a> Explorer<'a> {
             if !self.perform(&mut run, operation, &done, seed)? {
                 done.pop();
             } else if i >= first {
-                self.cut(&mut run, &done, seed, |random| random.once_in(3))?;
+                self.cut(&mut run, &done, seed, |random| random.once_in(5))?;
             }
         }
         self.stats.workloads += 1;

@@ -53,12 +53,12 @@ pub const BRIEF: Limits = Limits {
 
 /// For long random workloads: most of what they leave is new.
 pub const LONG: Limits = Limits {
-    exhaustive: 16,
-    samples: 16,
+    exhaustive: 8,
+    samples: 8,
     nested: 1,
     uses: 1,
-    depth: 4,
-    contents: 2048,
+    depth: 2,
+    contents: 4096,
 };
 
 /// Stores with which a long workload begins, at most, before its first flush.
