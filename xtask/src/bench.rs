@@ -29,6 +29,9 @@ pub struct Arguments {
     /// Fewer rounds: a minute or two in all
     #[arg(long)]
     quick: bool,
+    /// Only how long live snapshots hold a guest
+    #[arg(long, conflicts_with = "lab")]
+    snapshots: bool,
     /// A folder on the filesystem to measure besides tmpfs, instead of that for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -48,6 +51,9 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     bench.args(["--bin", "pcow-bench", "--"]);
     if arguments.quick {
         bench.arg("--quick");
+    }
+    if arguments.snapshots {
+        bench.arg("--snapshots");
     }
     if let Some(dir) = &arguments.dir {
         // The program runs in the repository's folder.

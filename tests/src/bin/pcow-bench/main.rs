@@ -33,6 +33,9 @@ struct Arguments {
     /// Only ratios, of very few rounds and in DIR alone, one on each line: NAME: NUMBER.
     #[arg(long, conflicts_with = "quick")]
     ratios: bool,
+    /// Only how long live snapshots hold a guest.
+    #[arg(long, conflicts_with = "ratios")]
+    snapshots: bool,
     /// A folder on the other filesystem; the folder for temporary files if not given.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -87,6 +90,9 @@ fn main() {
     }
     let places = [Place::new(TMPFS.as_ref()), Place::new(&dir)];
     measured_on(&places, &effort);
+    if arguments.snapshots {
+        return snapshots(&places, &effort);
+    }
     faults(&places, &effort);
     println!("\nMappings that a fill leaves in the frontend:\n");
     fill::report(&places[1]);
