@@ -10,6 +10,21 @@ const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Digest(u64);
 
+/// Of many bytes: several sums at once, since each step waits for the one before.
+pub fn of_bytes(bytes: &[u8]) -> u64 {
+    let mut lanes = [Digest(0), Digest(1), Digest(2), Digest(3)];
+    let (rows, rest) = bytes.as_chunks::<32>();
+    for row in rows {
+        let words = row.as_chunks::<8>().0;
+        let pairs = lanes.iter_mut().zip(words);
+        pairs.for_each(|(lane, word)| lane.mix(u64::from_le_bytes(*word)));
+    }
+    let mut digest = Digest::default();
+    lanes.iter().for_each(|lane| digest.mix(lane.0));
+    digest.write(rest);
+    digest.finish()
+}
+
 impl Digest {
     /// Multiplies to 128 bits and folds them, so that every bit of the input reaches every bit of the sum.
     fn mix(&mut self, value: u64) {
@@ -73,6 +88,17 @@ pub type DigestSet = std::collections::HashSet<u64, BuildHasherDefault<Mixed>>;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_byte_of_a_long_piece_counts() {
+        let mut bytes = vec![7; 8192 + 5];
+        let mut seen = DigestSet::default();
+        assert!(seen.insert(of_bytes(&bytes)));
+        for at in 0..bytes.len() {
+            bytes[at] = 8;
+            assert!(seen.insert(of_bytes(&bytes)), "{at}");
+        }
+    }
 
     #[test]
     fn small_changes_of_a_long_input_give_other_digests() {

@@ -23,6 +23,8 @@ use crate::workload::{Expected, Operation, Point, Run, put_newest_back};
 /// How far to go at one act.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// An operation is cut off after one in so many of its acts; 1 for after each.
+    pub acts: usize,
     /// Up to this many combinations all are tried.
     pub exhaustive: usize,
     /// Above it, this many.
@@ -103,7 +105,7 @@ impl<'a> Explorer<'a> {
             }
         }
         self.stats.workloads += 1;
-        self.cut(&mut run, operations, seed, |_| true)?;
+        self.cut(&mut run, operations, seed)?;
         Ok(true)
     }
 
@@ -123,7 +125,7 @@ impl<'a> Explorer<'a> {
             if !self.perform(&mut run, operation, &done, seed)? {
                 done.pop();
             } else if i >= first {
-                self.cut(&mut run, &done, seed, |random| random.once_in(5))?;
+                self.cut(&mut run, &done, seed)?;
             }
         }
         self.stats.workloads += 1;
@@ -174,18 +176,17 @@ impl<'a> Explorer<'a> {
         })
     }
 
-    /// Explores the last operation of `operations` at the acts that `chosen` takes.
+    /// Explores the last operation of `operations`.
     fn cut(
         &mut self,
         run: &mut Run<'_>,
         operations: &[&'static Operation],
         seed: u64,
-        chosen: impl Fn(&mut Random) -> bool,
     ) -> Result<(), Box<Violation>> {
         let operation = operations.last().map_or(OPENING, |o| o.name);
         let points = run.points();
         for (i, point) in points.iter().enumerate() {
-            if !chosen(&mut self.random) {
+            if !self.random.once_in(self.limits.acts) {
                 continue;
             }
             self.stats.acts += 1;

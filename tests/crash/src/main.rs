@@ -10,7 +10,9 @@ use pcow_crash::coverage::{Cells, contradictions, table};
 use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
-use pcow_crash::search::{BRIEF, CLOSE, FAST, Recovered, explore_long, explore_short, replay};
+use pcow_crash::search::{
+    BRIEF, CLOSE, FAST, Recovered, WIDE, explore_long, explore_short, replay,
+};
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::sites::is_of_others;
 use pcow_crash::violation::{Trace, Violation};
@@ -115,10 +117,12 @@ fn mutants() -> Result<(), String> {
 
 /// How close to look at workloads of one operation, of two, and of three. Three are for the two plain media: the others
 /// differ from them in what shorter workloads reach.
-fn limits(scene: &str) -> &'static [Limits] {
+fn limits(scene: &str, long: bool) -> &'static [Limits] {
     match scene {
+        "page-cache" | "dax" if long => &[CLOSE, WIDE, FAST],
         "page-cache" | "dax" => &[CLOSE, FAST, BRIEF],
         "page-cache-wide" | "dax-wide" => &[CLOSE],
+        _ if long => &[CLOSE, FAST],
         _ => &[CLOSE, BRIEF],
     }
 }
@@ -129,8 +133,7 @@ fn search(arguments: &Arguments) -> Result<(), String> {
     let settings: Vec<_> = SCENES.iter().map(|s| Setting::new(s, None)).collect();
     let searched = search_all(arguments, &settings, &recovered);
     let (violations, text) = match searched {
-        Ok(cells) if arguments.no_short => (0, cover(&cells, false)),
-        Ok(cells) => (0, cover(&cells, true)),
+        Ok(wrong) => (0, wrong.join("\n")),
         Err(violation) => (1, violation.to_string()),
     };
     let (count, seconds) = (recovered.count(), start.elapsed().as_secs_f64());
@@ -141,39 +144,51 @@ fn search(arguments: &Arguments) -> Result<(), String> {
     if text.is_empty() { Ok(()) } else { Err(text) }
 }
 
-/// Prints what was cut off where; returns what is wrong with that, if it is to be whole.
-fn cover(cells: &Cells, whole: bool) -> String {
-    println!("{}", table(cells));
-    let mut wrong = contradictions(cells);
-    wrong.retain(|_| whole);
-    wrong.join("\n")
-}
-
 #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
 fn per_second(count: u64, seconds: f64) -> f64 {
     count as f64 / seconds
 }
 
+/// Returns what is wrong with the table of what was cut off.
 fn search_all(
     arguments: &Arguments,
     settings: &[Setting],
     recovered: &Recovered,
-) -> Result<Cells, Box<Violation>> {
+) -> Result<Vec<String>, Box<Violation>> {
+    let wrong = if arguments.no_short {
+        Vec::new()
+    } else {
+        search_short(arguments.long, settings, recovered)?
+    };
+    search_long(arguments, settings, recovered)?;
+    Ok(wrong)
+}
+
+fn search_short(
+    long: bool,
+    settings: &[Setting],
+    recovered: &Recovered,
+) -> Result<Vec<String>, Box<Violation>> {
     let mut cells = Cells::new();
-    for setting in settings.iter().filter(|_| !arguments.no_short) {
-        let (start, before) = (Instant::now(), recovered.count());
-        let stats = explore_short(limits(setting.scene.name), setting, recovered)?;
-        say(
-            setting.scene.name,
-            &stats,
-            recovered.count() - before,
-            start.elapsed(),
-        );
-        add(&mut cells, stats);
+    for setting in settings {
+        let (start, before, name) = (Instant::now(), recovered.count(), setting.scene.name);
+        let stats = explore_short(limits(name, long), setting, recovered)?;
+        say(name, &stats, recovered.count() - before, start.elapsed());
+        // Calls of the guest and of the user are none of the format's.
+        let own = stats.cells.into_iter().filter(|(k, _)| !is_of_others(k.2));
+        own.for_each(|(key, count)| *cells.entry(key).or_default() += count);
     }
-    let wanted = arguments
-        .states
-        .unwrap_or(if arguments.long { LONG_STATES } else { STATES });
+    println!("{}", table(&cells));
+    Ok(contradictions(&cells))
+}
+
+fn search_long(
+    arguments: &Arguments,
+    settings: &[Setting],
+    recovered: &Recovered,
+) -> Result<(), Box<Violation>> {
+    let states = if arguments.long { LONG_STATES } else { STATES };
+    let wanted = arguments.states.unwrap_or(states);
     let (start, before) = (Instant::now(), recovered.count());
     let told = Mutex::new(Instant::now());
     let progress = || {
@@ -184,20 +199,9 @@ fn search_all(
         }
     };
     let stats = explore_long(settings, arguments.seed, wanted, recovered, &progress)?;
-    say(
-        "long workloads",
-        &stats,
-        recovered.count() - before,
-        start.elapsed(),
-    );
-    add(&mut cells, stats);
-    Ok(cells)
-}
-
-/// Calls of the guest and of the user are none of the format's.
-fn add(cells: &mut Cells, stats: Stats) {
-    let own = stats.cells.into_iter().filter(|(k, _)| !is_of_others(k.2));
-    own.for_each(|(key, count)| *cells.entry(key).or_default() += count);
+    let new = recovered.count() - before;
+    say("long workloads", &stats, new, start.elapsed());
+    Ok(())
 }
 
 fn say(name: &str, stats: &Stats, new: u64, time: Duration) {

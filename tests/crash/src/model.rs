@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, of_bytes};
 
 /// Size of the clusters of the image under test: two pages, so that a copied cluster can be written back in part.
 pub const CLUSTER_BYTES: u64 = 8 << 10;
@@ -101,7 +101,7 @@ pub struct Contents(pub Vec<Arc<Vec<u8>>>);
 impl Contents {
     fn digest(&self) -> u64 {
         let mut digest = Digest::default();
-        self.0.iter().for_each(|c| digest.write(c));
+        self.0.iter().for_each(|c| digest.write_u64(of_bytes(c)));
         digest.finish()
     }
 }
@@ -117,12 +117,17 @@ pub struct Disk {
     promised: Contents,
     /// Values stored since the promise, for each word.
     later: BTreeMap<Place, Vec<u64>>,
+    /// A digest of how it came to all of this: equal ones are equal disks.
+    history: Digest,
 }
 
 impl Disk {
     /// A disk that shows `contents`, durably.
     pub fn new(contents: Contents) -> Self {
+        let mut history = Digest::default();
+        history.write_u64(contents.digest());
         Self {
+            history,
             promised: contents.clone(),
             now: contents,
             later: BTreeMap::new(),
@@ -137,6 +142,7 @@ impl Disk {
     /// The guest stores a word.
     pub fn store(&mut self, place: Place, value: u64) {
         put(&mut self.now, place, value);
+        ("store", place, value).hash(&mut self.history);
         self.later.entry(place).or_default().push(value);
     }
 
@@ -144,18 +150,17 @@ impl Disk {
     pub fn promise(&mut self, place: Place) {
         if let Some(value) = self.later.remove(&place).and_then(|v| v.last().copied()) {
             put(&mut self.promised, place, value);
+            ("promise", place).hash(&mut self.history);
         }
     }
 
     /// The guest was told that everything is durable.
     pub fn promise_all(&mut self) {
         self.promised = self.now.clone();
+        if !self.later.is_empty() {
+            "promise all".hash(&mut self.history);
+        }
         self.later.clear();
-    }
-
-    fn hash_promise(&self, digest: &mut Digest) {
-        (self.now.digest(), self.promised.digest()).hash(digest);
-        self.later.hash(digest);
     }
 
     /// Whether a power cut may leave `found`: each word as promised, or as stored since.
@@ -236,14 +241,17 @@ impl Model {
 
     /// All that is expected of an image.
     pub fn hash_expectation(&self, digest: &mut Digest) {
-        self.disk.hash_promise(digest);
+        self.disk.history.finish().hash(digest);
         for snapshot in &self.snapshots {
             (snapshot.number, snapshot.digest).hash(digest);
         }
         for (name, contents) in &self.clones {
             (name, contents.digest()).hash(digest);
         }
-        (self.failed, self.doubtful).hash(digest);
+        if let Some((name, contents)) = &self.receiving {
+            (name, contents.digest()).hash(digest);
+        }
+        (self.receiving.is_some(), self.failed, self.doubtful).hash(digest);
     }
 
     /// A snapshot of what the disk shows; all of it is durable with it.
@@ -273,7 +281,12 @@ impl Model {
     pub fn with_disk(&self, contents: Contents) -> Self {
         Self {
             disk: Disk::new(contents),
-            ..self.clone()
+            snapshots: self.snapshots.clone(),
+            clones: self.clones.clone(),
+            failed: false,
+            receiving: self.receiving.clone(),
+            doubtful: false,
+            next_snapshot: self.next_snapshot,
         }
     }
 
@@ -308,6 +321,7 @@ impl Model {
     #[must_use]
     pub fn with_found(&self, found: Contents) -> Self {
         let mut after = self.clone();
+        ("found", found.digest()).hash(&mut after.disk.history);
         after.disk.now = found;
         (after.doubtful, after.failed) = (false, false);
         after

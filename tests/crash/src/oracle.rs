@@ -201,10 +201,10 @@ impl Case<'_> {
     /// What must be there from now on.
     fn model_after(&self, opened: &Opened<'_>) -> Model {
         let found = opened.found.clone();
-        let model = opened.model.with_found(found.clone());
         match self.end {
-            End::Killed => model,
-            End::PowerCut => model.with_disk(found),
+            End::Killed if !opened.model.doubtful => opened.model.clone(),
+            End::Killed => opened.model.with_found(found),
+            End::PowerCut => opened.model.with_disk(found),
         }
     }
 

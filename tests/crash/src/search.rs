@@ -13,6 +13,7 @@ use crate::workload::{OPERATIONS, Operation};
 
 /// For single operations.
 pub const CLOSE: Limits = Limits {
+    acts: 1,
     exhaustive: 32,
     samples: 12,
     nested: 3,
@@ -23,6 +24,7 @@ pub const CLOSE: Limits = Limits {
 
 /// Where there are many workloads.
 pub const WIDE: Limits = Limits {
+    acts: 1,
     exhaustive: 12,
     samples: 6,
     nested: 2,
@@ -33,6 +35,7 @@ pub const WIDE: Limits = Limits {
 
 /// Where there are very many.
 pub const FAST: Limits = Limits {
+    acts: 1,
     exhaustive: 6,
     samples: 4,
     nested: 1,
@@ -43,6 +46,7 @@ pub const FAST: Limits = Limits {
 
 /// Where there are more still.
 pub const BRIEF: Limits = Limits {
+    acts: 3,
     exhaustive: 4,
     samples: 3,
     nested: 1,
@@ -53,6 +57,7 @@ pub const BRIEF: Limits = Limits {
 
 /// For long random workloads: most of what they leave is new.
 pub const LONG: Limits = Limits {
+    acts: 5,
     exhaustive: 8,
     samples: 8,
     nested: 1,
@@ -121,6 +126,58 @@ pub fn workloads(length: u32) -> Vec<Workload> {
     (0..all.pow(length)).map(one).collect()
 }
 
+/// Longer workloads in which something happens that no two operations bring about.
+const LONGER: &[&[&str]] = &[
+    &["touch", "flush", "give back clean"],
+    &["snapshot", "store to base", "older root"],
+    &["store to leftover", "flush", "give back clean"],
+    // Another process does not know yet which clusters have storage.
+    &["store to absent", "kill", "store to absent"],
+    &["store to zero", "kill", "store to zero"],
+    &["store to leftover", "kill", "store to leftover"],
+    &["store to absent", "kill", "live snapshot"],
+    &["store to absent", "kill", "delete below a sealed layer"],
+    // In another boot what was live is absent, and its bytes are left over.
+    &["store to absent", "reboot", "store to absent"],
+    &["store to absent", "reboot", "touch"],
+    &["store to absent", "reboot", "live snapshot"],
+    &["store to absent", "reboot", "delete below a sealed layer"],
+    &["write zeros", "snapshot", "store to base"],
+    &["store to leftover", "snapshot", "store to leftover"],
+    // Names of layers come back.
+    &["store to base", "rebase", "power cut", "repair"],
+    &[
+        "store to base",
+        "rebase",
+        "power cut",
+        "flush that fails, and repair",
+    ],
+    // The removal of a layer's mark is taken back.
+    &[
+        "store to base",
+        "snapshot",
+        "store to base",
+        "delete",
+        "power cut",
+    ],
+    &["snapshot", "delete", "power cut"],
+    &[
+        "store to base",
+        "snapshot",
+        "delete below a sealed layer",
+        "power cut",
+    ],
+    // The older root's layer was last used in another boot.
+    &["snapshot", "reboot", "store to base", "flush", "older root"],
+];
+
+/// Those longer workloads.
+pub fn longer() -> Vec<Workload> {
+    let named = |name: &&str| Operation::named(name).expect("in the table");
+    let workload = |names: &&[&str]| names.iter().map(named).collect();
+    LONGER.iter().map(workload).collect()
+}
+
 /// Runs `work` for the numbers from 0 on, until it says that there is no more or one finds a violation.
 fn on_threads<'a, E>(
     begin: impl Fn() -> E + Sync,
@@ -172,13 +229,15 @@ pub fn explore(
     )
 }
 
-/// Explores all workloads of one operation, of two, and so on, each within its limits.
+/// Explores the opening alone, the longer workloads, and all workloads of one operation, of two, and so on, each within its
+/// limits.
 pub fn explore_short(
     limits: &[Limits],
     setting: &Setting,
     recovered: &Recovered,
 ) -> Result<Stats, Box<Violation>> {
-    let mut total = Stats::default();
+    let first = workloads(0).into_iter().chain(longer());
+    let mut total = explore(setting, CLOSE, &first.collect::<Vec<_>>(), recovered)?;
     for (limits, length) in limits.iter().zip(1..) {
         total.add(explore(setting, *limits, &workloads(length), recovered)?);
     }

@@ -12,7 +12,7 @@ use std::fmt::Write;
 
 use pcow_format::medium::Domain;
 
-use crate::search::{CLOSE, Recovered, explore_short, workloads};
+use crate::search::{CLOSE, Recovered, explore_short, longer, workloads};
 use crate::setting::{SCENES, Setting};
 use crate::sites::{self, is_of_others};
 use crate::violation::Violation;
@@ -129,8 +129,12 @@ pub fn observe(length: u32) -> Result<Cells, Box<Violation>> {
     let mut cells = Cells::new();
     for scene in SCENES.iter().filter(|s| !s.is_wide()) {
         let setting = Setting::new(scene, None);
-        for workload in (0..=length).flat_map(workloads) {
-            let mut run = Run::new(&setting, 1).expect("the start of every scene opens");
+        let first: Vec<_> = workloads(0).into_iter().chain(longer()).collect();
+        let groups = [first].into_iter().chain((1..=length).map(workloads));
+        // As they are numbered in the search, so that chance is the same.
+        let numbered = groups.flat_map(|g| (0..).zip(g).collect::<Vec<_>>());
+        for (seed, workload) in numbered {
+            let mut run = Run::new(&setting, seed).expect("the start of every scene opens");
             let perform = |run: &mut Run<'_>, o| run.perform(o).expect("the format is sound");
             if !workload.iter().all(|o| perform(&mut run, o)) {
                 continue;

@@ -146,7 +146,14 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ),
     (
         "store to absent",
-        &["word", "copy", "allocate", "leave zero"],
+        &[
+            "word",
+            "copy",
+            "allocate",
+            "leave zero",
+            "ensure storage",
+            "clear leftovers",
+        ],
     ),
     (
         "store to base",
@@ -154,11 +161,25 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ),
     (
         "store to zero",
-        &["word", "copy", "allocate", "clear leftovers", "leave zero"],
+        &[
+            "word",
+            "copy",
+            "allocate",
+            "clear leftovers",
+            "leave zero",
+            "ensure storage",
+        ],
     ),
     (
         "store to leftover",
-        &["word", "allocate", "clear leftovers", "leave zero"],
+        &[
+            "word",
+            "allocate",
+            "clear leftovers",
+            "leave zero",
+            "ensure storage",
+            "copy",
+        ],
     ),
     ("guest flush", &[]),
     ("flush", &["flush"]),
@@ -176,7 +197,14 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ("give back", &["give prepared back"]),
     (
         "touch",
-        &["word", "copy", "allocate", "leave zero", "ensure storage"],
+        &[
+            "word",
+            "copy",
+            "allocate",
+            "leave zero",
+            "ensure storage",
+            "clear leftovers",
+        ],
     ),
     ("give back clean", &["word", "make absent"]),
     (
@@ -195,6 +223,8 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "copy",
             "allocate",
             "leave zero",
+            "ensure storage",
+            "clear leftovers",
         ],
     ),
     (
@@ -224,6 +254,8 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "commit",
             "remove layer",
             "unmark deletion",
+            "ensure storage",
+            "clear leftovers",
         ],
     ),
     (
@@ -317,7 +349,10 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "remove layer",
         ],
     ),
-    ("repair", &["open", "flush", "give unused back"]),
+    (
+        "repair",
+        &["open", "flush", "give unused back", "remove layer"],
+    ),
     (
         "flush that fails, and repair",
         &[
@@ -329,6 +364,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "discard live",
             "flush",
             "give unused back",
+            "remove layer",
         ],
     ),
     (
@@ -397,7 +433,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
         ],
     ),
     ("reboot", &["open", "tag", "discard live"]),
-    ("older root", &["open"]),
+    ("older root", &["open", "tag"]),
     ("switch images", &[]),
 ];
 
@@ -425,7 +461,6 @@ pub(super) const ONLY: &[(&str, &str, &str)] = &[
     ("active.flush.map", PAGE_CACHE, BOOT),
     ("active.flush.word", PAGE_CACHE, BOOT),
     ("active.flush.distrust", PAGE_CACHE, BOOT),
-    ("active.open.discard", PAGE_CACHE, BOOT),
     ("active.give_back_clean.sync", PAGE_CACHE, BOOT),
     ("repair.live.word", PAGE_CACHE, BOOT),
     ("repair.live.sync", PAGE_CACHE, BOOT),
@@ -487,10 +522,19 @@ pub(super) const NEVER: &[(&str, &str)] = &[
 ];
 
 const NONE_UNFLUSHED: &str = "on DAX nothing is left unflushed";
+const SETTLED: &str = "on DAX an opening settles what is live, so that another boot finds none";
 const TAGGED: &str = "on DAX an image is tagged only if it was in the page cache before";
 
 /// Calls of a step that an operation does not make: operation, beginning of the sites, medium, reason.
 pub(super) const EXCEPT: &[(&str, &str, &str, &str)] = &[
+    ("power cut", "active.open.discard", DAX, SETTLED),
+    ("reboot", "active.open.discard", DAX, SETTLED),
+    (
+        "flush that fails, and repair",
+        "active.open.discard",
+        DAX,
+        SETTLED,
+    ),
     (OPENING, "active.open.tag", DAX, TAGGED),
     ("trust after a reboot", "", DAX, NONE_UNFLUSHED),
     ("give up", "", DAX, NONE_UNFLUSHED),
@@ -511,12 +555,6 @@ pub(super) const EXCEPT: &[(&str, &str, &str, &str)] = &[
         "active.open.tag",
         DAX,
         TAGGED,
-    ),
-    (
-        "store to base",
-        "active.prepare.reserve",
-        PAGE_CACHE,
-        "in the page cache such a cluster is copied, or leaves zero",
     ),
     (
         "write",

@@ -15,10 +15,9 @@ use pcow_format::medium::Site;
 use pcow_format::mutant::{self, Mutant as Flaw};
 
 use crate::explorer::Explorer;
-use crate::search::{CLOSE, Recovered, WIDE, Workload, workloads};
+use crate::search::{CLOSE, Recovered, WIDE, Workload, longer, workloads};
 use crate::setting::{Scene, Setting};
 use crate::sites;
-use crate::workload::Operation;
 use traces::Traces;
 
 /// A format with one fault.
@@ -154,20 +153,11 @@ fn without(site: &'static str, traces: &[Traces]) -> Option<String> {
         .find_map(|setting| first_violation(&setting, None, |_| true))
 }
 
-/// Three operations of which two do not do.
-const LONGER: [&[&str]; 3] = [
-    &["touch", "flush", "give back clean"],
-    &["snapshot", "store to base", "older root"],
-    &["store to leftover", "flush", "give back clean"],
-];
-
 /// The workloads that mutants are tried on: the opening alone, one operation, two, and a few of three.
 fn tried() -> Vec<Workload> {
-    let named = |name: &&str| Operation::named(name).expect("in the table");
-    let longer = LONGER.iter().map(|names| names.iter().map(named).collect());
     let short = (0..=2).flat_map(workloads);
     // These first: they are few.
-    longer.chain(short).collect()
+    longer().into_iter().chain(short).collect()
 }
 
 /// The first violation in the workloads that mutants are tried on, with a flaw in the format.
