@@ -29,7 +29,9 @@ impl Trace {
         let mut parts = text.splitn(3, ':');
         let scene = crate::setting::Scene::named(parts.next()?)?.name;
         let seed = parts.next()?.parse().ok()?;
-        let operations = parts.next()?.split(';').map(Operation::named);
+        // None at all: the opening alone.
+        let names = parts.next()?.split_terminator(';');
+        let operations = names.map(Operation::named);
         Some(Self {
             scene,
             operations: operations.collect::<Option<_>>()?,

@@ -3,7 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use pcow_crash::explorer::Explorer;
-use pcow_crash::search::{CLOSE, FAST, Recovered, explore_long, explore_short, replay};
+use pcow_crash::search::{BRIEF, CLOSE, Recovered, explore_long, explore_short, replay};
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::violation::Trace;
 use pcow_format::medium::Site;
@@ -17,7 +17,7 @@ fn no_crash_of_a_short_workload_breaks_a_promise() {
     for scene in &SCENES {
         let limits = match cfg!(debug_assertions) || scene.is_wide() {
             true => &[CLOSE][..],
-            false => &[CLOSE, FAST],
+            false => &[CLOSE, BRIEF],
         };
         let setting = Setting::new(scene, None);
         let recovered = Recovered::default();

@@ -219,6 +219,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "of two clusters, each of which is in order",
         &[
+            ("active.word", "active.prepare.zero"),
             ("active.give_back_clean.punch", "active.word"),
             ("active.word", "active.fill.write"),
             ("active.word", "active.import.copy"),
@@ -287,6 +288,8 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "no root names the layer any more, or yet",
         &[
+            ("layer.unlink", "open.dir.sync"),
+            ("repair.flush_failed.sync", "layer.unlink"),
             ("active.flush.data", "layer.unlink"),
             ("active.flush.map", "layer.unlink"),
             ("active.open.map_sync", "layer.unlink"),
@@ -306,8 +309,11 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
-        "the bytes of a cluster that says zero are shown by nobody",
-        &[("active.flush.map", "active.over_zero.zero")],
+        "the bytes of a cluster that is absent or says zero are shown by nobody",
+        &[
+            ("active.flush.map", "active.over_zero.zero"),
+            ("active.flush.map", "active.prepare.zero"),
+        ],
     ),
     (
         "for space: without its sync a deletion's files may be left without their marks",
