@@ -364,6 +364,12 @@ fn single_fd(fds: impl IntoIterator<Item = OwnedFd>) -> Result<OwnedFd> {
         .ok_or_else(|| Error::new(ErrorKind::Io, "a file descriptor is missing"))
 }
 
+/// An error of the image and its causes in one line, with what the user can do.
+pub fn with_advice(error: &pcow_format::Error) -> String {
+    let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
+    format!("{}{advice}", chain(error))
+}
+
 /// An error and its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -3,7 +3,7 @@
 
 use std::error::Error as StdError;
 
-use crate::connection::chain;
+use crate::connection::{chain, with_advice};
 
 /// Exit code of a usage error: arguments that cannot be used (as in sysexits.h).
 pub const EXIT_USAGE: u8 = 64;
@@ -55,7 +55,6 @@ impl std::fmt::Display for Failure {
 
 impl From<pcow_format::Error> for Failure {
     fn from(error: pcow_format::Error) -> Self {
-        let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
-        Self::new(format!("{}{advice}", chain(&error)))
+        Self::new(with_advice(&error))
     }
 }

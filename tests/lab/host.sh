@@ -72,7 +72,7 @@ tests_on_filesystem() {
     step "$fs/clone" guest_changes_a_clone
     step "$fs/reading" guest_reads_without_allocating 64
     if [ "$LAB_FORM" = full ]; then
-        step "$fs/killing" guest_outlives_its_backends 20
+        step "$fs/killing" guest_outlives_its_backends 100
         step "$fs/rollback" guest_sees_a_rollback
         step "$fs/live" guest_is_snapshotted 5
         step "$fs/live-off-dax" snapshot_off_dax_is_refused "$fs"

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::events::{Event, Events};
 use super::request::{Arguments, Refusal, Request};
 use super::snapshot;
-use crate::connection::{Offer, chain};
+use crate::connection::{Offer, chain, with_advice};
 use crate::disk::WritableDisk;
 use crate::server::Quit;
 use crate::service::Figures;
@@ -231,8 +231,7 @@ fn times_row(times: &snapshot::Times) -> Value {
 }
 
 fn refusal(error: pcow_format::Error) -> Refusal {
-    let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
-    Refusal::new(format!("{}{advice}", chain(&error)))
+    Refusal::new(with_advice(&error))
 }
 
 fn layer(root: &Root, layer: &pcow_format::root::Layer) -> Value {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use pcow_format::ErrorKind;
 use pcow_format::root::Proof;
 
-use crate::connection::{Offer, chain};
+use crate::connection::{Offer, chain, with_advice};
 use crate::disk::{Disk, WritableDisk};
 use crate::service::{Cut, CutTimes};
 
@@ -44,10 +44,7 @@ pub enum Failed {
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Image(e) => {
-                let advice = e.advice().map_or(String::new(), |a| format!("; {a}"));
-                write!(f, "{}{advice}", chain(e))
-            }
+            Self::Image(e) => f.write_str(&with_advice(e)),
             Self::Frontend(e) => write!(f, "cannot {}", chain(e)),
             Self::Unsettled => f.write_str("a frontend is coming or going; try again"),
             Self::Kept => f.write_str(

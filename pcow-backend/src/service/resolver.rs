@@ -14,6 +14,7 @@ use super::bounces::PAGE_BYTES;
 use super::channel::Mapped;
 use super::leader::Leader;
 use super::{Counters, Shared};
+use crate::connection::{chain, with_advice};
 use crate::control::events::Event;
 use crate::disk::{Access, Answer, FileKey, Scratch};
 
@@ -299,16 +300,12 @@ impl Resolver<'_> {
     fn stall(&self, error: &pcow_format::Error) {
         let s = self.shared;
         if s.board.stall(self.fault) {
-            let cause =
-                std::error::Error::source(error).map_or(String::new(), |c| format!(": {c}"));
-            let advice = error.advice().map_or(String::new(), |a| format!("; {a}"));
-            log::error!(
-                "the guest waits at offset {:#x}: {error}{cause}{advice}",
-                self.fault.offset
-            );
+            let offset = self.fault.offset;
+            let told = with_advice(error);
+            log::error!("the guest waits at offset {offset:#x}: {told}");
             s.events.tell(&Event::GuestWaits {
                 no_space: error.kind() == pcow_format::ErrorKind::NoSpace,
-                reason: format!("{error}{cause}"),
+                reason: chain(error),
             });
         }
         if error.kind() == pcow_format::ErrorKind::NoSpace {

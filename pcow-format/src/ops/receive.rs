@@ -274,7 +274,7 @@ impl Receive<'_> {
                 drop(ImageLock::exclusive(dir.as_ref())?);
                 let from = continued(&stored, from)?.clone();
                 // What the commit would refuse is refused now.
-                let row = placeholder(&stored, &from, header);
+                let row = row_to_come(&stored, &from, header);
                 let root = with_received(stored.root(), row, self.snapshot(header))?.0;
                 root.encode()?;
                 Ok(Some(Target { dir, from }))
@@ -471,7 +471,7 @@ fn continued<'a>(stored: &'a Stored, from: &Named) -> Result<&'a Snapshot> {
 }
 
 /// A row like that of the layer to come.
-fn placeholder(stored: &Stored, from: &Snapshot, header: &Header) -> Layer {
+fn row_to_come(stored: &Stored, from: &Snapshot, header: &Header) -> Layer {
     Layer {
         uuid: Uuid::new_v4(),
         parent: Some(from.layer),
