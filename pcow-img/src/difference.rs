@@ -1,11 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where two disks differ. Reads neither what is zeros in both nor what both have of one layer.
 
+use std::ffi::OsString;
 use std::ops::Range;
 
-use crate::disk::{Disk, Piece, Pieces};
+use clap::Args;
+
+use crate::cli::Global;
+use crate::disk::{Disk, Format, Piece, Pieces};
 use crate::failure::{Doing, Failure};
 use crate::progress::Progress;
+
+const PURPOSE: &str = "cannot compare";
+
+/// The two disks of a command.
+#[derive(Debug, Args)]
+pub struct Pair {
+    /// The first disk: IMAGE, IMAGE@SNAPSHOT, or a file of the format of -f
+    pub first: OsString,
+
+    /// The second disk
+    pub second: OsString,
+
+    /// Format of the first disk; it is never guessed
+    #[arg(
+        short = 'f',
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow"
+    )]
+    format: Format,
+
+    /// Format of the second disk
+    #[arg(
+        short = 'F',
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "pcow"
+    )]
+    second_format: Format,
+}
+
+impl Pair {
+    /// Opens both.
+    ///
+    /// # Errors
+    /// One of them cannot be read.
+    pub fn open(&self, global: &Global) -> Result<(Disk, Disk), Failure> {
+        let open = |name, format| Disk::open(name, format, &global.base_dirs, PURPOSE);
+        let first = open(&self.first, self.format)?;
+        Ok((first, open(&self.second, self.second_format)?))
+    }
+}
 
 /// Bytes compared at a time.
 const STEP_BYTES: u64 = 1 << 20;
@@ -38,14 +86,10 @@ impl<'a> Differences<'a> {
     ///
     /// # Errors
     /// If one of the disks cannot be read.
-    pub fn next(
-        &mut self,
-        progress: &mut Progress,
-        purpose: &str,
-    ) -> Result<Option<Range<u64>>, Failure> {
+    pub fn next(&mut self, progress: &mut Progress) -> Result<Option<Range<u64>>, Failure> {
         let mut found: Option<Range<u64>> = None;
         while self.at < self.end {
-            let step = self.step().doing(|| purpose.to_owned())?;
+            let step = self.step().doing(|| PURPOSE.to_owned())?;
             progress.reach(self.at);
             match (step, &mut found) {
                 (Some(range), Some(found)) if found.end == range.start => found.end = range.end,

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `compare`: whether two disks show the same bytes.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -10,8 +9,7 @@ use serde::Serialize;
 
 use crate::cli::Global;
 use crate::console::Console;
-use crate::difference::Differences;
-use crate::disk::{Disk, Format};
+use crate::difference::{Differences, Pair};
 use crate::failure::{Failure, Status};
 use crate::progress::Progress;
 
@@ -21,31 +19,8 @@ use crate::progress::Progress;
 /// what both have of the same layer.
 #[derive(Debug, Args)]
 pub struct Compare {
-    /// The first disk: IMAGE, IMAGE@SNAPSHOT, or a file of the format of -f
-    first: OsString,
-
-    /// The second disk
-    second: OsString,
-
-    /// Format of the first disk; it is never guessed
-    #[arg(
-        short = 'f',
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "pcow"
-    )]
-    format: Format,
-
-    /// Format of the second disk
-    #[arg(
-        short = 'F',
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "pcow"
-    )]
-    second_format: Format,
+    #[command(flatten)]
+    disks: Pair,
 
     /// Disks of different sizes are different
     #[arg(short, long)]
@@ -68,8 +43,6 @@ struct Verdict {
     sizes: [u64; 2],
 }
 
-const PURPOSE: &str = "cannot compare";
-
 impl Compare {
     /// Compares; what cannot be compared is told apart from what differs.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<Status, Failure> {
@@ -85,9 +58,7 @@ impl Compare {
     }
 
     fn verdict(&self, global: &Global) -> Result<Verdict, Failure> {
-        let open = |name, format| Disk::open(name, format, &global.base_dirs, PURPOSE);
-        let first = open(&self.first, self.format)?;
-        let second = open(&self.second, self.second_format)?;
+        let (first, second) = self.disks.open(global)?;
         let sizes = [first.size(), second.size()];
         let mut first_difference = None;
         if self.strict && sizes[0] != sizes[1] {
@@ -96,13 +67,13 @@ impl Compare {
             let total = sizes[0].max(sizes[1]);
             let mut progress = Progress::new(total, global.quiet);
             let mut differences = Differences::new(&first, &second, 1);
-            if let Some(range) = differences.next(&mut progress, PURPOSE)? {
+            if let Some(range) = differences.next(&mut progress)? {
                 first_difference = Some(range.start);
             }
         }
         Ok(Verdict {
-            filename: PathBuf::from(&self.first),
-            other: PathBuf::from(&self.second),
+            filename: PathBuf::from(&self.disks.first),
+            other: PathBuf::from(&self.disks.second),
             identical: first_difference.is_none(),
             first_difference,
             sizes,

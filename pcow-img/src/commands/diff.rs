@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `diff`: the ranges in which two disks differ.
 
-use std::ffi::OsString;
 use std::io::{self, Write};
 use std::ops::Range;
 
@@ -10,8 +9,7 @@ use serde::Serialize;
 
 use crate::cli::Global;
 use crate::console::{Console, Form};
-use crate::difference::Differences;
-use crate::disk::{Disk, Format};
+use crate::difference::{Differences, Pair};
 use crate::failure::Failure;
 use crate::progress::Progress;
 
@@ -21,31 +19,8 @@ use crate::progress::Progress;
 /// are compared in the time that their changes take. Where one is larger, the other counts as zeros.
 #[derive(Debug, Args)]
 pub struct Diff {
-    /// The first disk: IMAGE, IMAGE@SNAPSHOT, or a file of the format of -f
-    first: OsString,
-
-    /// The second disk
-    second: OsString,
-
-    /// Format of the first disk; it is never guessed
-    #[arg(
-        short = 'f',
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "pcow"
-    )]
-    format: Format,
-
-    /// Format of the second disk
-    #[arg(
-        short = 'F',
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "pcow"
-    )]
-    second_format: Format,
+    #[command(flatten)]
+    disks: Pair,
 }
 
 /// A range that differs. The output is an array of these.
@@ -57,22 +32,19 @@ struct Piece {
     length: u64,
 }
 
-const PURPOSE: &str = "cannot compare";
 /// Pages, which are what a guest changes.
 const BLOCK_BYTES: u64 = 4096;
 
 impl Diff {
     /// Prints the ranges as they are found.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<(), Failure> {
-        let open = |name, format| Disk::open(name, format, &global.base_dirs, PURPOSE);
-        let first = open(&self.first, self.format)?;
-        let second = open(&self.second, self.second_format)?;
+        let (first, second) = self.disks.open(global)?;
         let total = first.size().max(second.size());
         let mut progress = Progress::new(total, global.quiet);
         let mut differences = Differences::new(&first, &second, BLOCK_BYTES);
         let form = console.form();
         let mut any = false;
-        while let Some(range) = differences.next(&mut progress, PURPOSE)? {
+        while let Some(range) = differences.next(&mut progress)? {
             print(console.writer(), form, any, &range)?;
             any = true;
         }
