@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Both ends of the control socket: requests that a backend reads, and what a client takes for a backend's answers.
 #![no_main]
-#![allow(dead_code)]
 
 use std::io::Write;
 use std::os::unix::net::UnixListener;
@@ -12,8 +11,16 @@ use libfuzzer_sys::fuzz_target;
 use pcow_protocol::control::Client;
 
 #[path = "../../pcow-backend/src/control/frame.rs"]
+#[allow(
+    dead_code,
+    reason = "a module of the backend, of which only what reads messages is tried"
+)]
 mod frame;
 #[path = "../../pcow-backend/src/control/request.rs"]
+#[allow(
+    dead_code,
+    reason = "a module of the backend, of which only what reads messages is tried"
+)]
 mod request;
 
 static SOCKET: OnceLock<(tempfile::TempDir, UnixListener)> = OnceLock::new();
