@@ -11,7 +11,7 @@ use pcow_format::medium::sim::{Choice, Moment, Sim};
 
 mod contents;
 
-use crate::coverage::{Cells, OPENING, RECOVERY, medium};
+use crate::coverage::{Cell, Cells, OPENING, RECOVERY, medium};
 use crate::digest::{Digest, DigestSet};
 use crate::oracle::{End, Survivor, Use, is_marked, judge, use_and_flush};
 use crate::random::{Random, newest};
@@ -105,7 +105,9 @@ impl<'a> Explorer<'a> {
             }
         }
         self.stats.workloads += 1;
-        self.cut(&mut run, operations, seed)?;
+        let last = Last::of(&mut run, operations, seed);
+        self.cut(&last)?;
+        self.cut_at_new_sites(&last)?;
         Ok(true)
     }
 
@@ -125,7 +127,7 @@ impl<'a> Explorer<'a> {
             if !self.perform(&mut run, operation, &done, seed)? {
                 done.pop();
             } else if i >= first {
-                self.cut(&mut run, &done, seed)?;
+                self.cut(&Last::of(&mut run, &done, seed))?;
             }
         }
         self.stats.workloads += 1;
@@ -176,31 +178,46 @@ impl<'a> Explorer<'a> {
         })
     }
 
-    /// Explores the last operation of `operations`.
-    fn cut(
-        &mut self,
-        run: &mut Run<'_>,
-        operations: &[&'static Operation],
-        seed: u64,
-    ) -> Result<(), Box<Violation>> {
-        let operation = operations.last().map_or(OPENING, |o| o.name);
-        let points = run.points();
-        for (i, point) in points.iter().enumerate() {
-            if !self.random.once_in(self.limits.acts) {
-                continue;
-            }
-            self.stats.acts += 1;
-            self.cover(operation, &point.moment);
-            if let Err(broken) = self.crash(&point.moment, &point.expected, run.boot) {
-                return Err(self.violation(operations, seed, acts(&points[..=i]), broken));
+    /// Explores the last operation.
+    fn cut(&mut self, last: &Last<'_>) -> Result<(), Box<Violation>> {
+        for act in 0..last.points.len() {
+            if self.random.once_in(self.limits.acts) {
+                self.cut_after(act, last)?;
             }
         }
         Ok(())
     }
 
-    fn cover(&mut self, operation: &'static str, moment: &Moment) {
+    /// Explores the last operation at those of its call sites at which chance never had it cut off: some come in so few
+    /// workloads that chance alone may leave out all of them.
+    fn cut_at_new_sites(&mut self, last: &Last<'_>) -> Result<(), Box<Violation>> {
+        for (act, point) in last.points.iter().enumerate() {
+            let cell = self.cell(last.name(), &point.moment);
+            if !self.stats.cells.contains_key(&cell) {
+                self.cut_after(act, last)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cut_after(&mut self, act: usize, last: &Last<'_>) -> Result<(), Box<Violation>> {
+        let point = &last.points[act];
+        self.stats.acts += 1;
+        self.cover(last.name(), &point.moment);
+        self.crash(&point.moment, &point.expected, last.boot)
+            .map_err(|broken| {
+                let acts = acts(&last.points[..=act]);
+                self.violation(last.operations, last.seed, acts, broken)
+            })
+    }
+
+    fn cell(&self, operation: &'static str, moment: &Moment) -> Cell {
         let medium = medium(self.setting.domain());
-        let cell = (operation, medium, moment.act().site.0);
+        (operation, medium, moment.act().site.0)
+    }
+
+    fn cover(&mut self, operation: &'static str, moment: &Moment) {
+        let cell = self.cell(operation, moment);
         *self.stats.cells.entry(cell).or_default() += 1;
     }
 
@@ -403,6 +420,29 @@ impl<'a> Explorer<'a> {
             }
         }
         broken.preceded_by(describe(cut.moment, cut.choices, &cut.picks))
+    }
+}
+
+/// The last operation of a workload, with what led there.
+struct Last<'a> {
+    points: Vec<Point>,
+    operations: &'a [&'static Operation],
+    boot: u128,
+    seed: u64,
+}
+
+impl<'a> Last<'a> {
+    fn of(run: &mut Run<'_>, operations: &'a [&'static Operation], seed: u64) -> Self {
+        Self {
+            points: run.points(),
+            operations,
+            boot: run.boot,
+            seed,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        self.operations.last().map_or(OPENING, |o| o.name)
     }
 }
 

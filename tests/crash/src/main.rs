@@ -11,7 +11,7 @@ use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
 use pcow_crash::search::{
-    BRIEF, CLOSE, FAST, Recovered, WIDE, explore_long, explore_short, replay,
+    BRIEF, CLOSE, FAST, LONG, LONGEST, Recovered, WIDE, explore_long, explore_short, replay,
 };
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::sites::is_of_others;
@@ -187,8 +187,12 @@ fn search_long(
     settings: &[Setting],
     recovered: &Recovered,
 ) -> Result<(), Box<Violation>> {
-    let states = if arguments.long { LONG_STATES } else { STATES };
-    let wanted = arguments.states.unwrap_or(states);
+    let (limits, states) = if arguments.long {
+        (LONGEST, LONG_STATES)
+    } else {
+        (LONG, STATES)
+    };
+    let from_to = (arguments.seed, arguments.states.unwrap_or(states));
     let (start, before) = (Instant::now(), recovered.count());
     let told = Mutex::new(Instant::now());
     let progress = || {
@@ -198,7 +202,7 @@ fn search_long(
             eprintln!("{} states so far", recovered.count());
         }
     };
-    let stats = explore_long(settings, arguments.seed, wanted, recovered, &progress)?;
+    let stats = explore_long(settings, limits, from_to, recovered, &progress)?;
     let new = recovered.count() - before;
     say("long workloads", &stats, new, start.elapsed());
     Ok(())

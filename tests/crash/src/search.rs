@@ -66,6 +66,12 @@ pub const LONG: Limits = Limits {
     contents: 4096,
 };
 
+/// For the long form: the more contents are looked at behind one opening, the less time goes into openings.
+pub const LONGEST: Limits = Limits {
+    contents: 32768,
+    ..LONG
+};
+
 /// Stores with which a long workload begins, at most, before its first flush.
 const MAX_FIRST_STORES: usize = 40;
 /// Operations of a long workload after that, at most.
@@ -260,17 +266,17 @@ pub fn long_workload(random: &mut Random) -> (Workload, usize) {
     (workload, first)
 }
 
-/// Explores long random workloads over all scenes until there are `wanted` states that differ after recovery.
+/// Explores long random workloads over all scenes, from `seed` on, until there are `wanted` states that differ after recovery.
 pub fn explore_long(
     settings: &[Setting],
-    seed: u64,
-    wanted: u64,
+    limits: Limits,
+    (seed, wanted): (u64, u64),
     recovered: &Recovered,
     progress: &(impl Fn() + Sync),
 ) -> Result<Stats, Box<Violation>> {
     on_threads(
         || {
-            let explorer = |s| Explorer::new(s, LONG, recovered);
+            let explorer = |s| Explorer::new(s, limits, recovered);
             settings.iter().map(explorer).collect::<Vec<_>>()
         },
         |explorers, number| {
@@ -316,13 +322,12 @@ pub fn replay(trace: &Trace) -> Result<Stats, Box<Violation>> {
     let scene = SCENES.iter().find(|s| s.name == trace.scene);
     let setting = Setting::new(scene.expect("a trace names a scene"), None);
     let recovered = Recovered::default();
-    for limits in [FAST, WIDE, CLOSE, LONG] {
+    let mut stats = Stats::default();
+    for limits in [FAST, WIDE, CLOSE, LONG, LONGEST] {
         let mut explorer = Explorer::new(&setting, limits, &recovered);
         explorer.explore(&trace.operations, trace.seed)?;
         explorer.explore_from(0, &trace.operations, trace.seed)?;
-        if limits.depth == LONG.depth {
-            return Ok(explorer.stats);
-        }
+        stats = explorer.stats;
     }
-    Ok(Stats::default())
+    Ok(stats)
 }

@@ -3,7 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use pcow_crash::explorer::Explorer;
-use pcow_crash::search::{BRIEF, CLOSE, Recovered, explore_long, explore_short, replay};
+use pcow_crash::search::{BRIEF, CLOSE, LONG, Recovered, explore_long, explore_short, replay};
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::violation::Trace;
 use pcow_format::medium::Site;
@@ -41,7 +41,7 @@ fn no_crash_of_a_short_workload_breaks_a_promise() {
 fn no_crash_of_a_long_workload_breaks_a_promise() {
     let settings: Vec<_> = SCENES.iter().map(|s| Setting::new(s, None)).collect();
     let recovered = Recovered::default();
-    let searched = explore_long(&settings, 1, STATES, &recovered, &|| ());
+    let searched = explore_long(&settings, LONG, (1, STATES), &recovered, &|| ());
     let stats = searched.unwrap_or_else(|v| panic!("{v}"));
     println!(
         "{} states, {} after recovery",

@@ -19,8 +19,10 @@ use crate::violation::Violation;
 use crate::workload::{OPERATIONS, Run};
 use tables::{ALSO, DAX, DOES, EXCEPT, NEVER, ONLY, PAGE_CACHE, STEPS};
 
-/// Operation, medium and call site, and how often the operation was cut off there.
-pub type Cells = BTreeMap<(&'static str, &'static str, &'static str), u64>;
+/// Operation, medium and call site.
+pub type Cell = (&'static str, &'static str, &'static str);
+/// How often an operation was cut off in each.
+pub type Cells = BTreeMap<Cell, u64>;
 
 /// The opening that starts a workload.
 pub const OPENING: &str = "open";
