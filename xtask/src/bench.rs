@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `cargo xtask bench`: builds the backend and the bench program, optimised, and runs it.
+//! `cargo xtask bench`: builds the backend, pcow-img and the bench program, optimised, and runs it.
 //!
 //! What is measured and how is the bench program's own affair (`tests/src/bin/pcow-bench`).
 
@@ -9,14 +9,19 @@ use std::process::Command;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 use crate::lab::{self, Value};
-use crate::run;
+use crate::packages::{self, Step};
+use crate::run::{self, Log};
 
-/// What is built: the program that measures, and the one that is measured.
-const PROGRAMS: [&str; 8] = [
+/// What is built: the program that measures, and those that are measured.
+const PROGRAMS: [&str; 12] = [
     "--package",
     "pcow-backend",
     "--bin",
     "pcow-backend",
+    "--package",
+    "pcow-img",
+    "--bin",
+    "pcow-img",
     "--package",
     "pcow-tests",
     "--bin",
@@ -32,6 +37,9 @@ pub struct Arguments {
     /// Only how long live snapshots hold a guest
     #[arg(long, conflicts_with = "lab")]
     snapshots: bool,
+    /// The speed of pcow-img instead, against qemu-img and others, with 5 GiB in DIR
+    #[arg(long, conflicts_with_all = ["lab", "snapshots"])]
+    img: bool,
     /// A folder on the filesystem to measure besides tmpfs, instead of that for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -54,6 +62,11 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     }
     if arguments.snapshots {
         bench.arg("--snapshots");
+    }
+    if arguments.img {
+        let log = Log::create(&cache.folder("bench")?.join("log"))?;
+        packages::ensure(&[Step::Bench], &log)?;
+        bench.arg("--img");
     }
     if let Some(dir) = &arguments.dir {
         // The program runs in the repository's folder.

@@ -21,9 +21,11 @@ pub enum Step {
     Lab,
     /// Showing the demo.
     Demo,
+    /// Measuring what others do, too.
+    Bench,
 }
 
-use Step::{Demo, Guest, Lab, Qemu, Test};
+use Step::{Bench, Demo, Guest, Lab, Qemu, Test};
 
 /// Every package, the steps that need it, and what for.
 const TABLE: &[(&str, &[Step], &str)] = &[
@@ -50,7 +52,7 @@ const TABLE: &[(&str, &[Step], &str)] = &[
     ("pkg-config", &[Qemu], "configure"),
     ("python3-venv", &[Qemu], "meson and ninja"),
     ("qemu-system-data", &[Demo, Lab, Test], "firmware"),
-    ("qemu-utils", &[Test], "comparing with qemu-img"),
+    ("qemu-utils", &[Bench, Test], "comparing with qemu-img"),
     ("seabios", &[Demo, Lab, Test], "firmware"),
     ("strace", &[Test], "killing processes at their system calls"),
     ("swtpm", &[Test], "a TPM for guests"),

@@ -7,6 +7,7 @@ mod faults;
 mod fill;
 mod floor;
 mod hold;
+mod img;
 mod place;
 mod start;
 mod stats;
@@ -36,6 +37,9 @@ struct Arguments {
     /// Only how long live snapshots hold a guest.
     #[arg(long, conflicts_with = "ratios")]
     snapshots: bool,
+    /// The speed of pcow-img instead, in DIR alone. Needs qemu-img to compare with, and 5 GiB there.
+    #[arg(long, conflicts_with_all = ["ratios", "snapshots"])]
+    img: bool,
     /// A folder on the other filesystem; the folder for temporary files if not given.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -52,6 +56,10 @@ pub struct Effort {
     pub starts: usize,
     /// How long is looked at what happens before and after a snapshot.
     pub window: Duration,
+    /// Rounds of what pcow-img takes long for.
+    pub conversions: usize,
+    /// Bytes of the disk that is converted.
+    pub disk: u64,
 }
 
 const QUICK: Effort = Effort {
@@ -59,18 +67,24 @@ const QUICK: Effort = Effort {
     touches: 300,
     starts: 10,
     window: Duration::from_secs(10),
+    conversions: 3,
+    disk: 1 << 30,
 };
 const RATIOS: Effort = Effort {
     rounds: 3,
     touches: 100,
     starts: 0,
     window: Duration::ZERO,
+    conversions: 0,
+    disk: 0,
 };
 const LONG: Effort = Effort {
     rounds: 15,
     touches: 2000,
     starts: 30,
     window: Duration::from_secs(10),
+    conversions: 9,
+    disk: 4 << 30,
 };
 
 fn main() {
@@ -90,6 +104,9 @@ fn main() {
     }
     let places = [Place::new(TMPFS.as_ref()), Place::new(&dir)];
     measured_on(&places, &effort);
+    if arguments.img {
+        return img::report(&places[1], &effort);
+    }
     if arguments.snapshots {
         return snapshots(&places, &effort);
     }

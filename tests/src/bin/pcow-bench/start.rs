@@ -13,7 +13,7 @@ use pcow_tests::program;
 use pcow_tests::scratch::Scratch;
 
 use crate::place::Place;
-use crate::stats::{median, spread};
+use crate::stats::text;
 use crate::{CLUSTER, Effort};
 
 /// Milliseconds.
@@ -38,15 +38,10 @@ pub fn report(place: &Place, effort: &Effort) {
     );
     println!("|---|---|---|");
     for (name, starts) in ["1 GiB", "8 TiB − 2 MiB"].iter().zip(&starts) {
-        let listening = text(starts.iter().map(|s| s.listening).collect());
-        let served = text(starts.iter().map(|s| s.served).collect());
+        let listening = text(starts.iter().map(|s| s.listening).collect(), 1);
+        let served = text(starts.iter().map(|s| s.served).collect(), 1);
         println!("| {name} | {listening} | {served} |");
     }
-}
-
-fn text(samples: Vec<f64>) -> String {
-    let (low, high) = spread(&samples);
-    format!("{:.1} ({low:.1} to {high:.1})", median(samples))
 }
 
 fn start(image: &Path) -> Start {

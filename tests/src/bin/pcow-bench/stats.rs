@@ -16,10 +16,17 @@ pub fn median(mut samples: Vec<f64>) -> f64 {
 }
 
 /// Smallest and largest of `samples`.
-pub fn spread(samples: &[f64]) -> (f64, f64) {
+fn spread(samples: &[f64]) -> (f64, f64) {
     let low = samples.iter().copied().fold(f64::INFINITY, f64::min);
     let high = samples.iter().copied().fold(0.0, f64::max);
     (low, high)
+}
+
+/// Median and spread of `samples`, with so many decimals.
+pub fn text(samples: Vec<f64>, decimals: usize) -> String {
+    let (low, high) = spread(&samples);
+    let middle = median(samples);
+    format!("{middle:.decimals$} ({low:.decimals$} to {high:.decimals$})")
 }
 
 /// Median and 99th percentile of some latencies, in microseconds.
