@@ -81,9 +81,10 @@ fn check_words(pair: &Pair, layer: &Layer, report: &mut Report) -> Result<()> {
     scan_words(pair.map.as_ref(), &mut |number, word| {
         report.data_clusters += u64::from(word.data_count());
         live += u64::from(word.discard_live().1);
+        // Only in a map's last words is there anything to look for past the end.
         let first = number * CLUSTERS_PER_WORD;
-        let past = |slot: &u64| first + slot >= clusters && word.get(*slot) != State::Absent;
-        beyond |= (0..CLUSTERS_PER_WORD).any(|slot| past(&slot));
+        let past = clusters.saturating_sub(first)..CLUSTERS_PER_WORD;
+        beyond |= past.into_iter().any(|slot| word.get(slot) != State::Absent);
         Ok(())
     })
     .context(|| format!("cannot read the map of layer {}", layer.uuid))?;

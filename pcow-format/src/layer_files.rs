@@ -17,6 +17,8 @@ use crate::units;
 const PAGE: usize = 4096;
 /// Bytes copied at a time.
 const COPY_BYTES: u64 = 1 << 20;
+/// Bytes of a map read at a time for its checksum: whole pages.
+const SUM_BYTES: usize = 16 * PAGE;
 /// What one entry of a second-level page table maps.
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
@@ -346,18 +348,23 @@ pub(crate) fn raw_kind(file: &dyn File, path: &Path) -> Result<Kind> {
 /// # Errors
 /// As reading the file.
 pub(crate) fn map_checksum(map: &dyn File) -> std::io::Result<String> {
+    let page_bytes = units::bytes(PAGE);
     let mut sum = 0;
     let mut at = 0;
-    let mut page = [0; PAGE];
+    let mut buf = vec![0; SUM_BYTES];
     while let Some(data) = map.next_data(at)? {
-        at = (data.start / units::bytes(PAGE) * units::bytes(PAGE)).max(at);
-        while at < data.end {
-            read_exact_at(map, &mut page, at)?;
-            if page != [0; PAGE] {
-                sum = crc32c::crc32c_append(sum, &(at / units::bytes(PAGE)).to_le_bytes());
-                sum = crc32c::crc32c_append(sum, &page);
+        at = (data.start / page_bytes * page_bytes).max(at);
+        let end = data.end.next_multiple_of(page_bytes);
+        while at < end {
+            let pages = &mut buf[..units::len((end - at).min(units::bytes(SUM_BYTES)))];
+            read_exact_at(map, pages, at)?;
+            for page in pages.as_chunks::<PAGE>().0 {
+                if *page != [0; PAGE] {
+                    sum = crc32c::crc32c_append(sum, &(at / page_bytes).to_le_bytes());
+                    sum = crc32c::crc32c_append(sum, page);
+                }
+                at += page_bytes;
             }
-            at += units::bytes(PAGE);
         }
     }
     Ok(format!("crc32c-{sum:08x}"))
