@@ -124,6 +124,10 @@ impl<'a> Differences<'a> {
         }
         let [a, b] = &self.buffers;
         self.at = step.end;
+        // As a whole first, which takes a fraction of the time of a look at each byte.
+        if a == b {
+            return Ok(None);
+        }
         let Some(from) = a.iter().zip(b).position(|(a, b)| a != b) else {
             return Ok(None);
         };
