@@ -67,7 +67,7 @@ const QUICK: Effort = Effort {
     touches: 300,
     starts: 10,
     window: Duration::from_secs(10),
-    conversions: 3,
+    conversions: 7,
     disk: 1 << 30,
 };
 const RATIOS: Effort = Effort {
