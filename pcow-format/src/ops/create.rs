@@ -254,6 +254,7 @@ fn build(
     let (mut layers, copied) = base.map_or(Ok((Vec::new(), 0)), |b| b.adopt_into(dir))?;
     let active = active_layer(new, layers.first())?;
     let unit = new.allocation_unit;
+    // I4: ends with a sync of the directory, which makes the adopted layers' names durable, too.
     let pair = layer_files::create(dir, &active, uuid, boot)?;
     let domain = pair
         .data
@@ -384,7 +385,8 @@ impl BaseLayers {
         }
     }
 
-    /// Gives the layers' files a place in `dir`; returns their rows and how many bytes had to be copied.
+    /// Gives the layers' files a place in `dir`; returns their rows and how many bytes had to be copied. Their names are
+    /// durable only once `dir` is synced, which has to be before a root names them.
     pub(super) fn adopt_into(&self, dir: &dyn Directory) -> Result<(Vec<Layer>, u64)> {
         let mut copied = 0;
         if let Some(from) = &self.adopt_from {
@@ -395,8 +397,6 @@ impl BaseLayers {
                     copied += bytes;
                 }
             }
-            dir.sync(Site("adopt.dir.sync"))
-                .context(|| "cannot sync the new image".to_owned())?;
         }
         Ok((self.layers.clone(), copied))
     }

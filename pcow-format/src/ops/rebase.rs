@@ -5,9 +5,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::chain::Owner;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, Source, Stored, write_root};
 use crate::lock::ImageLock;
+use crate::medium::Site;
 use crate::ops::create::{Base, BaseLayers};
 use crate::root::Root;
 use crate::units::{self, Cluster, ClusterRange};
@@ -124,6 +125,11 @@ fn relink(stored: &Stored, base: Option<&Base>, image_name: &str) -> Result<(Roo
         report.sealed_base_as = base.sealed_as().map(str::to_owned);
         let missing = base.not_held_by(&root, stored.directory())?;
         report.copied_bytes = missing.adopt_into(stored.directory())?.1;
+        // I4: before the root that names them.
+        stored
+            .directory()
+            .sync(Site("adopt.dir.sync"))
+            .context(|| "cannot sync the image's directory".to_owned())?;
         let top = &base.layers()[0];
         parent = Some(top.uuid);
         clip = top.virtual_size.min(root.active_layer()?.virtual_size);
