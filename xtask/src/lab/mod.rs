@@ -50,11 +50,11 @@ pub struct Arguments {
 
 /// Names go to the lab host on its kernel's command line.
 fn step_name(text: &str) -> std::result::Result<String, String> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '/';
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_/".contains(c);
     if !text.is_empty() && text.chars().all(allowed) {
         return Ok(text.to_string());
     }
-    Err("a name is made of letters, digits, '-' and '/'".to_string())
+    Err("a name is made of letters, digits, '-', '_' and '/'".to_string())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
