@@ -205,8 +205,7 @@ fn take_back(
     (part, name): (&str, &str),
     cause: Error,
 ) -> Error {
-    let back = parent.rename_dir(Site("create.back.rename"), name, part);
-    match back.and_then(|()| discard_part(parent, dir, part)) {
+    match rename_back(parent, name, part).and_then(|()| discard_part(parent, dir, part)) {
         Ok(()) => cause,
         Err(e) => {
             let what = format!(
@@ -215,6 +214,11 @@ fn take_back(
             Error::new(ErrorKind::Io, what).caused_by(cause)
         }
     }
+}
+
+/// Takes the name from an image again that a power cut could take from it.
+pub(super) fn rename_back(parent: &dyn Directory, name: &str, part: &str) -> std::io::Result<()> {
+    parent.rename_dir(Site("create.back.rename"), name, part)
 }
 
 /// Removes an image that was not finished.

@@ -22,8 +22,8 @@ pub use create::{
 pub use delete::{Deleted, Deletion};
 pub use rebase::{Rebased, rebase_unsafe};
 pub use receive::{
-    RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, receive, receive_in,
-    unfinished, unfinished_in,
+    RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, give_up_receiving_in, receive,
+    receive_in, unfinished, unfinished_in,
 };
 pub use rollback::RolledBack;
 pub use snapshot::{Checksum, Prepared};

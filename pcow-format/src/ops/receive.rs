@@ -25,7 +25,7 @@ use crate::layer_files;
 use crate::lock::ImageLock;
 use crate::medium::real::RealDirectory;
 use crate::medium::{Access, Directory, Site, read_exact_at};
-use crate::ops::create::{Base, NewImage, create_with_in, discard_part};
+use crate::ops::create::{Base, NewImage, create_with_in, discard_part, rename_back};
 use crate::ops::snapshot::Checksum;
 use crate::root::{Layer, Root, Snapshot};
 use crate::stream::{HEADER_BYTES, Header, Named, Reader, Record, Token};
@@ -139,14 +139,20 @@ pub fn unfinished_in(place: &Receive<'_>) -> Result<Option<Unfinished>> {
 /// # Errors
 /// `Locked` if it is being received; `Io`.
 pub fn give_up_receiving(path: &Path, base_dirs: &[PathBuf]) -> Result<Option<Unfinished>> {
-    at(path, base_dirs, None, |place| {
-        let Some((dir, unfinished)) = place.open_part()? else {
-            return Ok(None);
-        };
-        let _lock = ImageLock::exclusive(dir.as_ref())?;
-        place.remove_part(dir.as_ref())?;
-        Ok(Some(unfinished))
-    })
+    at(path, base_dirs, None, give_up_receiving_in)
+}
+
+/// As [`give_up_receiving`], in an open directory.
+///
+/// # Errors
+/// As [`give_up_receiving`].
+pub fn give_up_receiving_in(place: &Receive<'_>) -> Result<Option<Unfinished>> {
+    let Some((dir, unfinished)) = place.open_part()? else {
+        return Ok(None);
+    };
+    let _lock = ImageLock::exclusive(dir.as_ref())?;
+    place.remove_part(dir.as_ref())?;
+    Ok(Some(unfinished))
 }
 
 /// Works in the directory that `path` is in, whether the image is there or not.
@@ -396,13 +402,29 @@ impl Receive<'_> {
             .parent
             .rename_dir(Site("receive.rename"), &part, self.name);
         renamed.context(context)?;
-        self.parent
-            .sync(Site("receive.parent.sync"))
-            .context(context)?;
+        let synced = self.parent.sync(Site("receive.parent.sync"));
+        synced
+            .context(context)
+            .map_err(|e| self.take_back(&part, e))?;
         // Best effort: it says nothing in an image that has its name.
         let dir = self.parent.open_dir(self.name);
         let _ = dir.and_then(|dir| dir.unlink(Site("receive.done.unlink"), RECEIVE_FILE));
         Ok(())
+    }
+
+    /// An image whose name may not survive a power cut is a partial one again, all of which is there: what goes on with it only
+    /// gives it its name. Returns the error that says what there is now.
+    fn take_back(&self, part: &str, cause: Error) -> Error {
+        match rename_back(self.parent, self.name, part) {
+            Ok(()) => cause,
+            Err(e) => {
+                let name = self.name;
+                let what = format!(
+                    "{name} was received, but its name could not be removed ({e}) after it was not made durable: a power cut may make it {part} again"
+                );
+                Error::new(ErrorKind::Io, what).caused_by(cause)
+            }
+        }
     }
 
     /// Makes the sealed layer of a partial image part of the image that is there.
