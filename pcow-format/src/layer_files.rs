@@ -81,7 +81,8 @@ impl BaseDirs {
     pub(crate) fn absolute(&self, path: &Path) -> Result<PathBuf> {
         match &self.0 {
             Places::Below(_) => canonical(path),
-            Places::In(_) => Ok(path.to_owned()),
+            // That directory is all there is: its names are the absolute paths.
+            Places::In(_) => Ok(Path::new("/").join(path)),
         }
     }
 
@@ -92,7 +93,10 @@ impl BaseDirs {
     pub(crate) fn open_named(&self, path: &Path) -> Result<Arc<dyn Directory>> {
         let opened = match &self.0 {
             Places::Below(_) => RealDirectory::open(path).map(|d| d as Arc<dyn Directory>),
-            Places::In(directory) => directory.open_dir(&path.to_string_lossy()),
+            Places::In(directory) => {
+                let name = path.strip_prefix("/").unwrap_or(path);
+                directory.open_dir(&name.to_string_lossy())
+            }
         };
         opened.map_err(|e| {
             let what = format!("cannot open the base {}", path.display());
