@@ -118,7 +118,7 @@ pub(super) fn reason(mutant: &Mutant) -> Option<&'static str> {
         return None;
     };
     if NEW_FILES.contains(second) {
-        return Some("no root names the new file yet (I4)");
+        return Some("nothing names the new file yet: a root (I4), or the rename of a part file");
     }
     let pairs = FREE
         .iter()
@@ -126,13 +126,14 @@ pub(super) fn reason(mutant: &Mutant) -> Option<&'static str> {
     pairs.map(|(reason, _)| *reason)
 }
 
-/// Calls that make a file which no root names.
-const NEW_FILES: [&str; 5] = [
+/// Calls that make a file which no root names, and which has another name than it is to have.
+const NEW_FILES: [&str; 6] = [
     "root.part.create",
     "layer.data.create",
     "create.lock",
     "adopt.copy.create",
     "adopt.link",
+    "receive.progress.create",
 ];
 
 /// Swaps whose order is free: why, and the first and the second call. Each pair is written out: a pair that is not was looked
@@ -172,6 +173,8 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("open.dir.sync", "active.flush.data"),
             ("active.give_back_unused.punch", "open.dir.sync"),
             ("repair.live.sync", "open.dir.sync"),
+            ("layer.unlink", "receive.gone.rename"),
+            ("receive.done.unlink", "open.dir.sync"),
         ],
     ),
     (
@@ -179,6 +182,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         &[
             ("root.dir.sync", "open.dir.sync"),
             ("open.dir.sync", "adopt.dir.sync"),
+            ("receive.progress.dir.sync", "open.dir.sync"),
             ("repair.flush_failed.sync", "open.dir.sync"),
             ("active.open.tag_sync", "active.open.map_sync"),
         ],
@@ -191,6 +195,34 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("open.dir.sync", "active.open.map_sync"),
             ("open.dir.sync", "active.open.tag"),
         ],
+    ),
+    (
+        "a flush that promises the store comes after the opening, which needs the sync",
+        &[
+            ("open.dir.sync", "active.fill.write"),
+            ("open.dir.sync", "active.word"),
+        ],
+    ),
+    (
+        "the sync covers the word as well, and makes sure of words of other clusters, whose bytes are durable (I1)",
+        &[("active.open.map_sync", "active.word")],
+    ),
+    (
+        "prepared storage that was not used: no word speaks of it, and nobody stores to it any more",
+        &[
+            ("active.flush.data", "active.give_back.punch"),
+            ("active.flush.map", "active.give_back.punch"),
+            ("active.give_back.punch", "active.flush.data"),
+            ("layer.dir.sync", "active.give_back.punch"),
+        ],
+    ),
+    (
+        "the note is of what was durable before; the flush is of what came in since",
+        &[("receive.progress.dir.sync", "active.flush.data")],
+    ),
+    (
+        "how far a partial image is means nothing once it has the name of a whole one",
+        &[("receive.progress.dir.sync", "receive.rename")],
     ),
     (
         "live words come after the opening: see 'without active.open.tag_sync'",

@@ -146,11 +146,12 @@ fn swapped(before: &Moment, points: &[Point], place: usize) -> Option<Crashes> {
         .possible
         .extend(points[place + 1].expected.possible.iter().cloned());
     let mut crashes = vec![(moments[0].clone(), between)];
-    // Then the same calls were made. It is at a rename, or at the latest at the end, that one of them is missed.
+    // Then the same calls were made. It is at a rename, when a name goes, or at the latest at the end, that one of them is missed.
     let rest: Vec<_> = moments.into_iter().zip(&points[place..]).skip(1).collect();
     let last = rest.len();
     for (i, (moment, point)) in rest.into_iter().enumerate() {
-        let counts = moment.act().site.0.ends_with(".rename");
+        let site = moment.act().site.0;
+        let counts = site.ends_with(".rename") || site.ends_with(".unlink");
         if i == 0 || counts || i + 1 == last {
             crashes.push((moment, point.expected.clone()));
         }
