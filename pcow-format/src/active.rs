@@ -12,6 +12,8 @@
 //! | 2 | word 11, *live*: this boot only | word 01, write-back, fence (I2) |
 //! | 3 | `flush`: `fdatasync` the data, noted words 11 to 01, `fdatasync` the map | |
 
+mod flush;
+mod opening;
 mod space;
 
 use std::collections::BTreeSet;
@@ -20,11 +22,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use crate::error::{Error, ErrorKind, IoContext, Result, chain_text};
+pub use opening::Recovery;
+
+use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::layer_files;
-use crate::map::{self, State, TAG_BYTES, TAG_OFFSET, Tag, WORDS_OFFSET, Word};
+use crate::map::{self, State, WORDS_OFFSET, Word};
 use crate::medium::{Domain, File, Hindrance, Site, read_exact_at};
-use crate::mutant::{self, Mutant};
 use crate::ready::Ready;
 use crate::units::{self, Cluster, ClusterRange, ClusterSize, VirtualSize};
 
@@ -47,15 +50,6 @@ pub struct Active {
     ready: Mutex<Ready>,
     /// Held for the length of a flush; set for ever by the first that fails (I7).
     flush_failed: Mutex<Option<String>>,
-}
-
-/// What opening the layer found out.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Recovery {
-    /// Clusters that were live in an earlier boot: their bytes were never flushed and are gone.
-    pub discarded_clusters: u64,
-    /// The layer was on DAX since it was made, and is in the page cache now. Told once.
-    pub left_dax: bool,
 }
 
 impl Active {
@@ -330,102 +324,6 @@ impl Active {
         self.map.as_ref()
     }
 
-    /// Makes everything stored so far durable. Once it has failed it fails for ever (I7).
-    ///
-    /// # Errors
-    /// `FlushFailed`.
-    pub fn flush(&self) -> Result<()> {
-        self.unless_failed(|| self.flush_once())
-    }
-
-    /// M14: pages that a failed sync did not write count as written. They can be dropped at any time, and then show what the
-    /// medium holds: nothing yet, under a live cluster that was copied from below. So the next opening must not take live
-    /// clusters for data, although the boot is the same: the tag names no boot from now on.
-    fn distrust_live(&self) {
-        if self.domain == Domain::Dax {
-            return;
-        }
-        let distrusted = self.map.status().and_then(|status| {
-            let tag = Tag::new(Uuid::nil(), status.identity);
-            let site = Site("active.flush.distrust");
-            self.map.write_at(site, &tag.encode(), TAG_OFFSET)
-        });
-        if let Err(e) = distrusted {
-            log::error!(
-                "layer {}: what was not flushed cannot be given up ({e}): run 'pcow-img check --discard-live' before the image is used again",
-                self.name
-            );
-        }
-    }
-
-    /// Does what needs a sync, unless one has failed before; what fails now is remembered (I7).
-    fn unless_failed(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let mut failed = self
-            .flush_failed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(earlier) = &*failed {
-            let what = format!("an earlier flush of layer {} failed: {earlier}", self.name);
-            return Err(Error::new(ErrorKind::FlushFailed, what));
-        }
-        work().map_err(|e| {
-            if !mutant::is(Mutant::FlushErrorForgotten) {
-                *failed = Some(e.to_string());
-            }
-            let what = format!("cannot flush layer {}", self.name);
-            Error::new(ErrorKind::FlushFailed, what).caused_by(e)
-        })
-    }
-
-    /// From now on no flush succeeds (I7); returns the error that says so.
-    pub(crate) fn fail_flushes(&self, cause: &Error) -> Error {
-        let refused = self.unless_failed(|| Err(Error::new(ErrorKind::Io, chain_text(cause))));
-        refused.expect_err("what fails is remembered")
-    }
-
-    /// Only words noted *before* the data was synced may become durable: a word that turns live during the
-    /// sync speaks of bytes that the sync may not have seen (I1).
-    fn flush_once(&self) -> Result<()> {
-        let noted = self.note_live()?;
-        self.data
-            .sync_data(Site("active.flush.data"))
-            .inspect_err(|_| self.distrust_live())
-            .context(|| "cannot sync the data file".to_owned())?;
-        if self.domain == Domain::Dax && noted.is_empty() {
-            return Ok(());
-        }
-        self.settle_live(&noted)?;
-        self.map
-            .sync_data(Site("active.flush.map"))
-            .context(|| "cannot sync the map file".to_owned())
-    }
-
-    fn note_live(&self) -> Result<Vec<(u64, Word)>> {
-        let numbers = std::mem::take(&mut *self.live());
-        // A cluster that turns live after the take is in the new set again, whether or not it is noted here.
-        let note = |number: &u64| Ok((*number, self.read_word(*number)?));
-        numbers
-            .iter()
-            .map(note)
-            .collect::<Result<_>>()
-            .inspect_err(|_| {
-                // Nothing was settled: they are still live.
-                self.live().extend(&numbers);
-            })
-    }
-
-    fn settle_live(&self, noted: &[(u64, Word)]) -> Result<()> {
-        for (number, noted) in noted {
-            let guard = self.live();
-            let now = self.read_word(*number)?;
-            let late = mutant::is(Mutant::LateWords);
-            let settled = now.settle(if late { now } else { *noted });
-            self.write_word(Site("active.flush.word"), *number, settled)?;
-            drop(guard);
-        }
-        Ok(())
-    }
-
     fn mark_data(&self, run: ClusterRange) -> Result<()> {
         self.ready().used(run);
         match self.domain {
@@ -497,108 +395,6 @@ impl Active {
     fn ready(&self) -> MutexGuard<'_, Ready> {
         // A bit is set after the work that it speaks of, cleared before: a panic in between leaves it clear.
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes durable what a predecessor stored and did not come to fence or sync before it died: this process sees
-    /// it, and rests promises on it. A word without fence may be believed (I2). A cluster may be live, if the filesystem
-    /// was mounted without DAX earlier in this boot: what a guest fences in it from now on must not go with the boot.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub(crate) fn settle_inherited(&self) -> Result<()> {
-        if self.domain == Domain::PageCache {
-            // Words of this boot are live; a flush settles data and words in their order.
-            return Ok(());
-        }
-        let noted = self.note_live()?;
-        if !noted.is_empty() {
-            self.data
-                .sync_data(Site("active.open.data_sync"))
-                .context(|| format!("cannot sync the data of layer {}", self.name))?;
-            self.settle_live(&noted)?;
-        }
-        self.map
-            .sync_data(Site("active.open.map_sync"))
-            .context(|| format!("cannot sync the map of layer {}", self.name))
-    }
-
-    /// Whether the live words of `map` are of the boot `boot`, and of this very file.
-    pub(crate) fn is_tagged(map: &dyn File, boot: Uuid) -> Result<bool> {
-        let context = || "cannot read a boot tag".to_owned();
-        let present = Tag::new(boot, map.status().context(context)?.identity);
-        let mut raw = [0; TAG_BYTES];
-        read_exact_at(map, &mut raw, TAG_OFFSET).context(context)?;
-        Ok(Tag::decode(&raw) == Some(present))
-    }
-
-    /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or they
-    /// would look like this boot's if this process died in between.
-    fn settle_tag(&self, boot: Uuid) -> Result<Recovery> {
-        let context = || format!("cannot read the boot tag of layer {}", self.name);
-        let present = Tag::new(boot, self.map.status().context(context)?.identity);
-        let mut raw = [0; TAG_BYTES];
-        read_exact_at(self.map.as_ref(), &mut raw, TAG_OFFSET).context(context)?;
-        // A map that never was in the page cache domain has no tag and no live words.
-        let untagged = raw == [0; TAG_BYTES];
-        if untagged && self.domain == Domain::Dax {
-            return Ok(Recovery::default());
-        }
-        if Tag::decode(&raw) == Some(present) {
-            self.collect_live()?;
-            return Ok(Recovery::default());
-        }
-        let recovery = if untagged {
-            Recovery {
-                left_dax: true,
-                ..Recovery::default()
-            }
-        } else {
-            self.discard_live()?
-        };
-        let context = || format!("cannot write the boot tag of layer {}", self.name);
-        let site = Site("active.open.tag");
-        self.map
-            .write_at(site, &present.encode(), TAG_OFFSET)
-            .context(context)?;
-        // Durable before the first live word: an old tag beside live words of this boot would do no harm, but no
-        // tag at all would claim that there are none.
-        self.map
-            .sync_data(Site("active.open.tag_sync"))
-            .context(context)?;
-        Ok(recovery)
-    }
-
-    fn collect_live(&self) -> Result<()> {
-        let mut live = self.live();
-        scan_words(self.map.as_ref(), &mut |number, word| {
-            if word.has_live() {
-                live.insert(number);
-            }
-            Ok(())
-        })
-        .context(|| format!("cannot read the map of layer {}", self.name))
-    }
-
-    /// Turns live words into absent ones. Needs no sync of its own: until the tag is durable it names a boot that is
-    /// over, and whoever reads it discards them again.
-    fn discard_live(&self) -> Result<Recovery> {
-        let mut discarded = 0;
-        let context = || format!("cannot discard unflushed clusters of layer {}", self.name);
-        scan_words(self.map.as_ref(), &mut |number, word| {
-            let (word, count) = word.discard_live();
-            if count == 0 {
-                return Ok(());
-            }
-            discarded += u64::from(count);
-            let site = Site("active.open.discard");
-            self.map
-                .write_at(site, &word.0.to_le_bytes(), map::word_offset(number))
-        })
-        .context(context)?;
-        Ok(Recovery {
-            discarded_clusters: discarded,
-            left_dax: false,
-        })
     }
 }
 
