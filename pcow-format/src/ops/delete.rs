@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, write_root};
 use crate::layer_files::{self, Pair};
 use crate::map::State;
-use crate::medium::{Access, Site, read_exact_at};
+use crate::medium::{Access, Directory, Site, read_exact_at};
 use crate::root::{Kind, Layer, Proof, Root};
 use crate::units::{self, Cluster, ClusterRange, ClusterSize};
 
@@ -144,9 +144,7 @@ impl Image {
         for layer in &deletion.gone {
             super::remove_layer_files(self.directory(), *layer)?;
         }
-        for layer in &deletion.marked {
-            remove_mark(self.directory(), *layer)?;
-        }
+        remove_marks(self.directory(), &deletion.marked)?;
         Ok(deletion.deleted)
     }
 
@@ -170,8 +168,7 @@ impl Image {
     /// Best effort: the next opening removes what stays (I5).
     fn give_up(&self, marked: &[Uuid]) {
         let removed = super::remove_layer_files(self.directory(), marked[0]);
-        let mut marks = marked.iter().map(|m| remove_mark(self.directory(), *m));
-        if let Err(e) = removed.and_then(|()| marks.try_for_each(|m| m)) {
+        if let Err(e) = removed.and_then(|()| remove_marks(self.directory(), marked)) {
             log::debug!("{e}");
         }
     }
@@ -419,12 +416,18 @@ fn mark_name(layer: Uuid) -> String {
     format!("{layer}{MARK}")
 }
 
-/// Removes a mark; one that is missing already is no error.
-pub(crate) fn remove_mark(dir: &dyn crate::medium::Directory, layer: Uuid) -> Result<()> {
-    match dir.unlink(Site("delete.mark.unlink"), &mark_name(layer)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).context(|| "cannot end a deletion".to_owned())
-        }
-        _ => Ok(()),
+/// Removes the marks of a deletion that is over, for good: if a power cut brought one back and then somebody put an older
+/// root back, the opening under that would remove a layer which the newest root names.
+pub(crate) fn remove_marks(dir: &dyn Directory, layers: &[Uuid]) -> Result<()> {
+    let context = || "cannot end a deletion".to_owned();
+    if layers.is_empty() {
+        return Ok(());
     }
+    for layer in layers {
+        match dir.unlink(Site("delete.mark.unlink"), &mark_name(*layer)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).context(context),
+            _ => {}
+        }
+    }
+    dir.sync(Site("delete.unmark.sync")).context(context)
 }

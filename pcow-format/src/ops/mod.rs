@@ -55,12 +55,13 @@ pub(crate) fn sweep(stored: &Stored) -> Result<()> {
             .context(context)?;
     }
     // What a deletion was about to make or to remove: it said so before.
-    for layer in marked_layers(&names) {
-        if stored.root().layer(layer).is_none() {
-            remove_layer_files(dir, layer)?;
+    let marked = marked_layers(&names);
+    for layer in &marked {
+        if stored.root().layer(*layer).is_none() {
+            remove_layer_files(dir, *layer)?;
         }
-        delete::remove_mark(dir, layer)?;
     }
+    delete::remove_marks(dir, &marked)?;
     for layer in unnamed_layers(stored.root(), &names) {
         // What cannot be looked at is not removed, and no reason to refuse the image.
         if is_without_content(dir, layer).unwrap_or(false) || mutant::is(Mutant::OrphanRemoved) {

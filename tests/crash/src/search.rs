@@ -173,6 +173,12 @@ const LONGER: &[&[&str]] = &[
         "delete below a sealed layer",
         "power cut",
     ],
+    // Marks of a deletion that is over come back, and with them the root before it.
+    &[
+        "delete below a sealed layer",
+        "flush, store after its sync",
+        "older root",
+    ],
     // The older root's layer was last used in another boot.
     &["snapshot", "reboot", "store to base", "flush", "older root"],
 ];

@@ -64,7 +64,10 @@ pub(super) const STEPS: &[(&str, &[&str])] = &[
     ),
     ("remove layer", &["layer.unlink"]),
     ("mark deletion", &["delete.mark.create", "delete.mark.sync"]),
-    ("unmark deletion", &["delete.mark.unlink"]),
+    (
+        "unmark deletion",
+        &["delete.mark.unlink", "delete.unmark.sync"],
+    ),
     ("link", &["adopt.link"]),
     (
         "copy layers",

@@ -50,7 +50,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "delete.mark.sync",
         "for space: without it a power cut may leave a deletion's files without their marks",
     ),
-    ("delete.mark.unlink", "gives a name back"),
     ("layer.unlink", "gives space back"),
     ("sweep.part.unlink", "gives space back"),
     (
