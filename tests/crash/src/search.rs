@@ -158,21 +158,6 @@ const LONGER: &[&[&str]] = &[
         "power cut",
         "flush that fails, and repair",
     ],
-    // The removal of a layer's mark is taken back.
-    &[
-        "store to base",
-        "snapshot",
-        "store to base",
-        "delete",
-        "power cut",
-    ],
-    &["snapshot", "delete", "power cut"],
-    &[
-        "store to base",
-        "snapshot",
-        "delete below a sealed layer",
-        "power cut",
-    ],
     // Marks of a deletion that is over come back, and with them the root before it.
     &[
         "delete below a sealed layer",

@@ -424,13 +424,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ("kill", &["open"]),
     (
         "power cut",
-        &[
-            "open",
-            "tag",
-            "discard live",
-            "remove layer",
-            "unmark deletion",
-        ],
+        &["open", "tag", "discard live", "remove layer"],
     ),
     ("reboot", &["open", "tag", "discard live"]),
     ("older root", &["open", "tag"]),
