@@ -211,5 +211,7 @@ fn main() {
     let program: Vec<u8> = (0..40_u8)
         .flat_map(|o| [o, 0, 0, o.wrapping_mul(7), 9, 1, 2, 0, 3])
         .collect();
-    put("operations", "each", &program);
+    for (number, piece) in (1..).zip(program.chunks(90)) {
+        put("operations", &format!("each-{number}"), piece);
+    }
 }
