@@ -9,6 +9,7 @@ mod creating;
 mod deep;
 mod examples;
 mod harness;
+mod limits_of_files;
 mod refusing;
 mod repairing;
 mod showing;
