@@ -47,7 +47,11 @@ impl Run<'_> {
 
     fn receive_pieces(&mut self, name: &str, stream: Stream, after: Model) -> Result<bool, String> {
         let (contents, begin, rest) = stream;
-        self.slot_mut().model.receiving = Some((name.to_owned(), contents));
+        let receiving = Some((name.to_owned(), contents));
+        // What is left of the partial image is looked at afterwards, too: as long as it has its name it must be whole.
+        let mut after = after;
+        after.receiving.clone_from(&receiving);
+        self.slot_mut().model.receiving = receiving;
         self.transition(&[], |run| match run.receive_piece(name, &begin) {
             Err(e) if e.kind() == ErrorKind::StreamCut => Ok(()),
             Err(e) => Err(text(e)),
