@@ -24,8 +24,10 @@ pcow-guest-io read FILE OFFSET LENGTH DISK     let the kernel read from the same
 pcow-guest-io send FILE OFFSET LENGTH PEER     send over TCP without a copy (MSG_ZEROCOPY) to ADDRESS:PORT
 pcow-guest-io tick FILE OFFSET LENGTH          store and verify for ever, and say so
 pcow-guest-io records append|store FILE SEED   append records by write(2), or store them, until it has to stop
+pcow-guest-io records each FILE SEED           append records one by one; FILE may be a device
 pcow-guest-io records load FILE DISK           the same, reading them from DISK directly
-pcow-guest-io records count FILE SEED          say how many there are, and fail if they are not the first ones";
+pcow-guest-io records count FILE SEED          say how many there are, and fail if they are not the first ones
+pcow-guest-io records salvage DEVICE SEED      say how many there are at the start, and fail if a word was never written";
 
 /// Stores and checks that make one line of `tick`.
 const ROUNDS_PER_TICK: u64 = 100;
@@ -69,9 +71,11 @@ fn main() -> ExitCode {
 fn records(how: &str, file: &str, source: &str) -> ExitCode {
     match how {
         "append" => records::append(file, number(source)),
+        "each" => records::append_each(file, number(source)),
         "store" => records::store(file, number(source)),
         "load" => records::load(file, source),
         "count" => println!("{file}: {}", records::count(file, number(source))),
+        "salvage" => println!("{file}: {}", records::salvage(file, number(source))),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::FAILURE;
