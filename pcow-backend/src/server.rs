@@ -162,7 +162,9 @@ impl Server {
             return;
         }
         // What fails is told there.
-        let _ = self.offer.flush();
+        if self.offer.flush().is_ok() {
+            log::debug!("flushed by itself");
+        }
     }
 
     /// Makes everything durable, then ends all sessions. In this order, since a guest pauses from the end of its session to
