@@ -106,7 +106,24 @@ mount -t tracefs trace /sys/kernel/tracing
 ip link set lo up
 stty -F "$REPORTS" raw
 
+# The steps of cargo xtask lab --power-loss, each after a boot of its own.
+power_loss() {
+    cut=$LAB_FILESYSTEM/$LAB_DEVICE
+    if [ "$LAB_FORM" = power-write ]; then
+        prepare "$cut/write" write_until_the_power_is_lost "$LAB_FILESYSTEM" "$LAB_DEVICE"
+    else
+        prepare "$cut/disk" disk_has_lost_its_page_cache "$LAB_FILESYSTEM" &&
+            prepare "$cut/image" image_is_sound &&
+            prepare "$cut/guest" guest_finds_its_records "$LAB_DEVICE"
+    fi
+    report "LAB-RESULT $passed $failed"
+}
+
 case $LAB_FORM in
+power-*)
+    power_loss
+    exit
+    ;;
 short | bench) filesystems=ext4 ;;
 full) filesystems="ext4 xfs" ;;
 shell)

@@ -3,8 +3,12 @@
 
 GUEST_SECONDS=900
 
-# What is run as a backend.
+# What is run as a backend, and what it has to say of the image's persistence.
 backend_program=pcow-backend
+persistence='DAX: what the guest flushes is durable'
+
+# The device that a guest has for each image.
+memory_device=nvdimm
 
 # start_backend N IMAGE: the backend number N, with its socket and its log in /tmp.
 start_backend() {
@@ -30,7 +34,7 @@ end_backends() {
         wait "$backend" || status=$?
         cat "/tmp/backend$number.log"
         [ "$status" = 0 ] || fail "the backend ended with $status"
-        grep -q 'DAX: what the guest flushes is durable' "/tmp/backend$number.log"
+        grep -q "$persistence" "/tmp/backend$number.log"
         number=$((number + 1))
     done
 }
@@ -76,7 +80,17 @@ wait_for_guest() {
     done
 }
 
-# run_qemu IMAGES [ARGUMENT]...: a machine with an NVDIMM for each of the images, and what else the
+# boot_machine [ARGUMENT]...: a machine with what the arguments say. Its serial line is on its standard streams.
+boot_machine() {
+    timeout -s KILL "$GUEST_SECONDS" qemu-system-x86_64 \
+        -machine q35,nvdimm=on,accel=kvm -cpu host -smp 2 -m 512M,slots=4,maxmem=16G \
+        -nodefaults -display none -no-reboot -serial stdio \
+        -kernel /lab/machine/vmlinux -initrd /tmp/initramfs \
+        -append "console=ttyS0 quiet panic=-1 cryptomgr.notests" \
+        "$@"
+}
+
+# run_qemu IMAGES [ARGUMENT]...: a machine with a device for each of the images, and what else the
 # arguments say. Its serial line and its messages go to /tmp/guest.log.
 run_qemu() {
     images=$1
@@ -87,16 +101,11 @@ run_qemu() {
         start_backend "$number" "$image"
         set -- "$@" -chardev "socket,id=c$number,path=/tmp/backend$number.sock" \
             -object "memory-backend-pcow,id=pm$number,chardev=c$number" \
-            -device "nvdimm,memdev=pm$number"
+            -device "$memory_device,memdev=pm$number"
         number=$((number + 1))
     done
     start_beside
-    timeout -s KILL "$GUEST_SECONDS" qemu-system-x86_64 \
-        -machine q35,nvdimm=on,accel=kvm -cpu host -smp 2 -m 512M,slots=4,maxmem=16G \
-        -nodefaults -display none -no-reboot -serial stdio \
-        -kernel /lab/machine/vmlinux -initrd /tmp/initramfs \
-        -append "console=ttyS0 quiet panic=-1 cryptomgr.notests" \
-        "$@" <"$input" >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
+    boot_machine "$@" <"$input" >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
     end_beside
     rm /tmp/initramfs
     sed 's/^/guest: /' /tmp/guest.log

@@ -6,6 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -36,6 +37,17 @@ pub struct Machine<'a> {
     pub work: &'a Path,
     /// The environment of its init, as `NAME=value` words of the kernel's command line.
     pub environment: &'a str,
+    /// The name of a file in `work` that is an ordinary disk of it, if it has one.
+    pub disk: Option<&'a str>,
+}
+
+/// How a lab host came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It powered itself off.
+    PoweredOff,
+    /// It lost its power: QEMU was killed.
+    Killed,
 }
 
 impl Machine<'_> {
@@ -44,6 +56,18 @@ impl Machine<'_> {
     /// # Errors
     /// QEMU cannot be started, fails, or says nothing for fifteen minutes.
     pub fn run(&self, mut each: impl FnMut(&str)) -> Result<()> {
+        self.run_until(|line| {
+            each(line);
+            ControlFlow::Continue(())
+        })
+        .map(drop)
+    }
+
+    /// Runs it with each line of the reports given to `each`, and kills it (SIGKILL) when that says so.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_until(&self, mut each: impl FnMut(&str) -> ControlFlow<()>) -> Result<End> {
         let log = File::create(&self.log)
             .and_then(|_| OpenOptions::new().append(true).open(&self.log))
             .map_err(Error::file("create", &self.log))?;
@@ -57,11 +81,14 @@ impl Machine<'_> {
             .stderr(log);
         let mut running = Running::start(&mut command)?;
         for line in running.lines() {
-            each(&line?);
+            if each(&line?).is_break() {
+                // Dropped, and thereby killed and waited for.
+                return Ok(End::Killed);
+            }
         }
         let status = running.wait()?;
         if status.success() {
-            return Ok(());
+            return Ok(End::PoweredOff);
         }
         Err(Error::Failed(format!("QEMU ended with {status}")))
     }
@@ -109,6 +136,12 @@ impl Machine<'_> {
             .arg("-initrd")
             .arg(&self.boot.initramfs)
             .args(["-append", &append]);
+        if let Some(disk) = self.disk {
+            // What the lab host has written is in the file when it is told so, whoever is killed after that. That the file
+            // reaches a disk of this machine, which keeps its power, would only cost time: flushes are not carried out.
+            let drive = format!("if=virtio,format=raw,cache=unsafe,file={disk}");
+            command.args(["-drive", &drive]);
+        }
         Ok(command)
     }
 }

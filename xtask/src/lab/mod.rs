@@ -7,8 +7,10 @@
 
 mod contents;
 mod machine;
+mod power;
 mod programs;
 mod report;
+mod verdict;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,7 +42,12 @@ pub struct Arguments {
     /// Run only the steps that `cargo xtask test` runs, too
     #[arg(long)]
     short: bool,
-    /// Run only this step, such as `ext4/clone`, or `clone` on each filesystem; may be repeated
+    /// Cut the lab host's power while a guest inside writes, and look what is left: an image in the page cache, on ext4 and
+    /// on XFS, as virtio-pmem and as nvdimm
+    #[arg(long, conflicts_with_all = ["short", "shell"])]
+    power_loss: bool,
+    /// Run only this step, such as `ext4/clone`, or `clone` on each filesystem; may be repeated. With --power-loss the steps
+    /// are `ext4/virtio-pmem` and so on
     #[arg(long = "step", value_name = "NAME", value_parser = step_name, conflicts_with = "short")]
     steps: Vec<String>,
     /// Run no step; give a shell in the lab host instead (`poweroff -f` ends it)
@@ -110,6 +117,9 @@ const HOST: Recipe = Recipe {
         module("loop"),
         module("ext4"),
         module("xfs"),
+        // A disk that outlives the lab host.
+        module("virtio_pci"),
+        module("virtio_blk"),
         // What shares a guest's memory with the host's kernel.
         module("tun"),
         module("vhost_net"),
@@ -134,7 +144,12 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     let lab = Lab::new(cache)?;
     let mut failed = Vec::new();
     for release in arguments.kernel.releases() {
-        if let Err(error) = lab.run(release, form, &arguments.steps) {
+        let outcome = if arguments.power_loss {
+            power::run(&lab, release, &arguments.steps)
+        } else {
+            lab.run(release, form, &arguments.steps).map(drop)
+        };
+        if let Err(error) = outcome {
             crate::report(&error);
             failed.push(*release);
         }
@@ -216,6 +231,7 @@ impl<'a> Lab<'a> {
             log: folder.join("console.log"),
             work: &work,
             environment: &form.environment(steps),
+            disk: None,
         };
         let outcome = match form {
             Form::Shell => machine.run_on_terminal().map(|()| Vec::new()),
