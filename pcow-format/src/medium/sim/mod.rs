@@ -392,7 +392,9 @@ mod tests {
     }
 
     fn names(sim: &Sim) -> Vec<String> {
-        sim.top().names().unwrap()
+        let mut names = sim.top().names().unwrap();
+        names.sort();
+        names
     }
 
     #[test]
