@@ -200,6 +200,8 @@ pub fn check_equal(what: &str, found: &Contents, expected: &Contents) -> Result<
 pub struct Snapshot {
     /// Its number.
     pub number: u64,
+    /// Its name, if somebody has given it another one.
+    pub name: Option<String>,
     /// Its contents.
     pub contents: Contents,
     /// A digest of those.
@@ -243,7 +245,7 @@ impl Model {
     pub fn hash_expectation(&self, digest: &mut Digest) {
         self.disk.history.finish().hash(digest);
         for snapshot in &self.snapshots {
-            (snapshot.number, snapshot.digest).hash(digest);
+            (snapshot.number, &snapshot.name, snapshot.digest).hash(digest);
         }
         for (name, contents) in &self.clones {
             (name, contents.digest()).hash(digest);
@@ -260,6 +262,7 @@ impl Model {
         let mut after = self.clone();
         after.snapshots.push(Snapshot {
             number: self.next_snapshot,
+            name: None,
             digest: self.disk.now.digest(),
             contents: self.disk.now.clone(),
         });
@@ -273,6 +276,18 @@ impl Model {
     pub fn without_snapshot(&self, number: u64) -> Self {
         let mut after = self.clone();
         after.snapshots.retain(|s| s.number != number);
+        after
+    }
+
+    /// That snapshot is called `name`.
+    #[must_use]
+    pub fn with_name(&self, number: u64, name: &str) -> Self {
+        let mut after = self.clone();
+        let mut all = after.snapshots.iter_mut();
+        let named = all.find(|s| s.number == number);
+        named
+            .into_iter()
+            .for_each(|s| s.name = Some(name.to_owned()));
         after
     }
 

@@ -313,6 +313,9 @@ impl Case<'_> {
             if number != expected.number {
                 return Err(format!("snapshot {number}, not {}", expected.number));
             }
+            if expected.name.as_ref().is_some_and(|n| *n != snapshot.name) {
+                return Err(format!("snapshot {number} is called {}", snapshot.name));
+            }
             let fingerprint = self.snapshot_fingerprint(stored, snapshot.layer, expected)?;
             if fingerprint.is_some_and(|f| self.setting.is_sound(f)) {
                 continue;

@@ -261,6 +261,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
             "clear leftovers",
         ],
     ),
+    ("rename", &["commit"]),
     (
         "rollback",
         &["flush", "new layer", "commit", "remove layer"],

@@ -111,6 +111,7 @@ pub struct Run<'a> {
     before: Option<Moment>,
     stores: u64,
     clones: usize,
+    renames: usize,
     random: Random,
     /// Set while an older root is in place.
     older: Option<Arc<OlderRoot>>,
@@ -131,6 +132,7 @@ impl<'a> Run<'a> {
             before: None,
             stores: 0,
             clones: 0,
+            renames: 0,
             random: Random(seed),
             older: None,
             ended: false,

@@ -52,6 +52,7 @@ pub static OPERATIONS: &[Operation] = &[
     operation("give back clean", 1, |r| r.give_back_clean()),
     operation("snapshot", 1, |r| r.snapshot()),
     operation("live snapshot", 1, |r| r.live_snapshot()),
+    operation("rename", 1, |r| r.rename()),
     operation("delete", 1, |r| r.delete()),
     operation("delete below a sealed layer", 1, |r| r.delete_merging()),
     operation("rollback", 1, |r| r.rollback(false)),

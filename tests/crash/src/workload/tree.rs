@@ -61,6 +61,21 @@ impl Run<'_> {
         })
     }
 
+    /// The oldest snapshot gets another name.
+    pub(super) fn rename(&mut self) -> Result<bool, String> {
+        let Some(number) = self.model().snapshots.first().map(|s| s.number) else {
+            return Ok(false);
+        };
+        self.renames += 1;
+        let name = format!("renamed-{}", self.renames);
+        let after = self.model().with_name(number, &name);
+        self.change_names(&[after], |image| {
+            let root = image.write_renamed(&number.to_string(), &name)?;
+            image.adopt_root(root);
+            Ok(())
+        })
+    }
+
     /// Two layers that both hold something become one.
     pub(super) fn delete_merging(&mut self) -> Result<bool, String> {
         self.store(Role::Absent)?;
@@ -139,12 +154,22 @@ impl Run<'_> {
         steps: &[Model],
         change: impl FnOnce(&mut Image) -> pcow_format::Result<()>,
     ) -> Result<bool, String> {
+        self.change_names(steps, change)?;
+        self.slot_mut().unflushed.clear();
+        Ok(true)
+    }
+
+    /// As [`Self::change_tree`], of what flushes nothing.
+    fn change_names(
+        &mut self,
+        steps: &[Model],
+        change: impl FnOnce(&mut Image) -> pcow_format::Result<()>,
+    ) -> Result<bool, String> {
         self.transition(steps, |run| {
             let image = run.slot_mut().image.as_mut();
             let image = image.and_then(Arc::get_mut);
             change(image.expect("held by nobody else between operations")).map_err(text)
         })?;
-        self.slot_mut().unflushed.clear();
         Ok(true)
     }
 
