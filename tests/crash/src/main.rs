@@ -41,9 +41,9 @@ struct Arguments {
     /// Leave out the short workloads, all of which are tried otherwise
     #[arg(long)]
     no_short: bool,
-    /// Put faults into the format, one at a time, and say whether the search finds them
-    #[arg(long)]
-    mutants: bool,
+    /// Put faults into the format, one at a time, and say whether the search finds them; only those with PART in their name
+    #[arg(long, value_name = "PART", num_args = 0..=1, default_missing_value = "")]
+    mutants: Option<String>,
     /// Let each call of each operation fail in every way, and say what comes of it
     #[arg(long)]
     errors: bool,
@@ -56,9 +56,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.replay {
         Some(text) => again(text),
-        None if arguments.mutants => mutants(),
-        None if arguments.errors => errors(),
-        None => search(&arguments),
+        None => match &arguments.mutants {
+            Some(part) => mutants(part),
+            None if arguments.errors => errors(),
+            None => search(&arguments),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -98,8 +100,8 @@ fn errors() -> Result<(), String> {
     Ok(())
 }
 
-fn mutants() -> Result<(), String> {
-    let all = try_all(&|mutant, verdict| println!("{mutant}: {verdict}"));
+fn mutants(part: &str) -> Result<(), String> {
+    let all = try_all(part, &|mutant, verdict| println!("{mutant}: {verdict}"));
     let count = |wanted: fn(&Verdict) -> bool| all.iter().filter(|(_, v)| wanted(v)).count();
     let missed = count(|v| *v == Verdict::Missed);
     println!(
