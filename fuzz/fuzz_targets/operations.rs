@@ -3,7 +3,7 @@
 #![no_main]
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
-#[path = "../../pcow-format/tests/model/run.rs"]
+#[path = "../../pcow-format/tests/model/run/mod.rs"]
 mod run;
 
 use libfuzzer_sys::{Corpus, fuzz_target};

@@ -8,7 +8,7 @@
 
 mod run;
 
-use run::Run;
+use run::{OPERATIONS, Run};
 
 /// Operations of one image; then there is another one.
 const SEQUENCE: u64 = 250;
@@ -36,6 +36,7 @@ fn an_image_shows_what_a_plain_array_of_bytes_would() {
 /// As a fuzzer gives them: each operation once, and some of its choices.
 #[test]
 fn operations_that_are_given_as_bytes_are_followed() {
-    let all = (0..40).flat_map(|operation| [operation, 0, 0, operation, 7, 1, 2, 0, 3]);
+    let all = (0..OPERATIONS).map(|o| u8::try_from(o).unwrap());
+    let all = all.flat_map(|operation| [operation, 0, 0, operation, 7, 1, 2, 0, 3]);
     Run::follow(&all.collect::<Vec<u8>>());
 }

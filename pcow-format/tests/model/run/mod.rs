@@ -2,23 +2,26 @@
 //! An image under a sequence of operations, beside plain bytes that tell what it and its snapshots must show. Where the
 //! operations come from is a matter of [`Random`]: chance, or the bytes of a fuzzer, which includes this file.
 
+mod disk;
+
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use pcow_format::check::check;
 use pcow_format::medium::real::RealFile;
-use pcow_format::ops::{Base, NewImage, create, create_filled};
-use pcow_format::{ClusterRange, ClusterSize, Image, Stored, View, VirtualSize};
+use pcow_format::ops::{Base, NewImage, create, create_filled, receive, unfinished};
+use pcow_format::stream::Sending;
+use pcow_format::{ClusterRange, ClusterSize, ErrorKind, Image, Stored, View, VirtualSize};
 
-const PAGE: u64 = 4096;
-const PAGE_LEN: usize = 4096;
+use disk::Disk;
+
 const MIB: u64 = 1 << 20;
 /// Snapshots above this number are deleted again.
 const MAX_SNAPSHOTS: usize = 6;
+/// Choices of [`Run::step`].
+pub const OPERATIONS: u64 = 44;
 
 /// What is chosen next.
 enum Random {
@@ -49,78 +52,18 @@ impl Random {
         self.next() % end
     }
 
+    fn any(&mut self, numbers: &[u64]) -> Option<u64> {
+        let count = u64::try_from(numbers.len()).unwrap();
+        let index = usize::try_from(self.below(count.max(1))).unwrap();
+        numbers.get(index).copied()
+    }
+
     fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == 0
     }
 
     fn is_used_up(&self) -> bool {
         matches!(self, Random::Given(bytes) if bytes.is_empty())
-    }
-}
-
-/// A disk: its size, and its pages that are not all zero.
-#[derive(Clone)]
-struct Disk {
-    size: u64,
-    pages: BTreeMap<u64, Arc<Vec<u8>>>,
-}
-
-impl Disk {
-    fn empty(size: u64) -> Self {
-        Self {
-            size,
-            pages: BTreeMap::new(),
-        }
-    }
-
-    fn write(&mut self, offset: u64, bytes: &[u8]) {
-        let (mut at, mut left) = (offset, bytes);
-        while !left.is_empty() {
-            let start = usize::try_from(at % PAGE).unwrap();
-            let zero = || Arc::new(vec![0; PAGE_LEN]);
-            let page = self.pages.entry(at / PAGE).or_insert_with(zero);
-            let (now, later) = left.split_at(left.len().min(PAGE_LEN - start));
-            Arc::make_mut(page)[start..start + now.len()].copy_from_slice(now);
-            at += u64::try_from(now.len()).unwrap();
-            left = later;
-        }
-    }
-
-    fn zero(&mut self, start: u64, end: u64) {
-        self.write(start, &vec![0; usize::try_from(end - start).unwrap()]);
-    }
-
-    fn resize(&mut self, size: u64) {
-        self.size = size;
-        self.pages.retain(|page, _| page * PAGE < size);
-    }
-
-    /// Whether `bytes` are what it shows from `at` on.
-    fn shows(&self, at: u64, bytes: &[u8]) -> Result<(), String> {
-        let zeros = vec![0; PAGE_LEN];
-        let (mut at, mut left) = (at, bytes);
-        while !left.is_empty() {
-            let start = usize::try_from(at % PAGE).unwrap();
-            let (now, later) = left.split_at(left.len().min(PAGE_LEN - start));
-            let page = self.pages.get(&(at / PAGE)).map_or(&zeros, |p| &**p);
-            if *now != page[start..start + now.len()] {
-                return Err(format!("other bytes in page {}", at / PAGE));
-            }
-            at += u64::try_from(now.len()).unwrap();
-            left = later;
-        }
-        Ok(())
-    }
-
-    /// Whether it shows zeros only in `range`, of which most pages hold nothing.
-    fn shows_zeros(&self, range: Range<u64>) -> Result<(), String> {
-        let pages = range.start / PAGE..range.end.div_ceil(PAGE);
-        for (number, _) in self.pages.range(pages) {
-            let part = range.start.max(number * PAGE)..range.end.min((number + 1) * PAGE);
-            let length = usize::try_from(part.end - part.start).unwrap();
-            self.shows(part.start, &vec![0; length])?;
-        }
-        Ok(())
     }
 }
 
@@ -135,7 +78,17 @@ pub struct Run {
     /// Images and raw files that can be bases, and what they show.
     bases: Vec<(Base, Disk)>,
     log: Vec<String>,
+    /// Images that were gone on with.
     clones: u64,
+    /// Where snapshots are sent to.
+    replica: Option<Replica>,
+}
+
+/// An image that was received, on which nothing was written since.
+struct Replica {
+    path: PathBuf,
+    disk: Disk,
+    snapshots: BTreeMap<u64, Disk>,
 }
 
 fn new_image(size: Option<u64>, cluster: u64, base: Option<Base>) -> NewImage {
@@ -189,6 +142,7 @@ impl Run {
             bases: Vec::new(),
             log: vec![origin],
             clones: 0,
+            replica: None,
         };
         run.make_bases();
         let (base, disk) = run.bases[0].clone();
@@ -257,7 +211,7 @@ impl Run {
 
     /// Performs an operation.
     pub fn step(&mut self) {
-        match self.random.below(40) {
+        match self.random.below(OPERATIONS) {
             0..=7 => self.write(),
             8..=11 => self.write_zeros(),
             12..=17 => self.store(),
@@ -271,7 +225,9 @@ impl Run {
             35 => self.give_back_clean(),
             36..=37 => self.rebase(),
             38 => self.clone_image(),
-            _ => self.convert(),
+            39 => self.convert(),
+            40 => self.rename(),
+            _ => self.replicate(),
         }
     }
 
@@ -314,9 +270,8 @@ impl Run {
     }
 
     fn any_snapshot(&mut self) -> Option<u64> {
-        let count = u64::try_from(self.snapshots.len()).unwrap();
-        let index = usize::try_from(self.random.below(count.max(1))).unwrap();
-        self.snapshots.keys().nth(index).copied()
+        let numbers: Vec<_> = self.snapshots.keys().copied().collect();
+        self.random.any(&numbers)
     }
 
     fn delete(&mut self) {
@@ -427,6 +382,98 @@ impl Run {
         self.snapshots.clear();
     }
 
+    fn rename(&mut self) {
+        let Some(number) = self.any_snapshot() else {
+            return;
+        };
+        let name = format!("n{number}-{}", self.random.below(1000));
+        self.note(format!("call snapshot {number} {name}"));
+        let image = self.image();
+        let root = image.write_renamed(&number.to_string(), &name).unwrap();
+        image.adopt_root(root);
+    }
+
+    /// Sends up to three snapshots to the replica, which may take the image's place then.
+    fn replicate(&mut self) {
+        let stored = Stored::open(&self.path, &[]).unwrap();
+        for _ in 0..1 + self.random.below(3) {
+            self.send_to_replica(&stored);
+        }
+        if self.random.chance(3)
+            && let Some(replica) = self.replica.take()
+        {
+            self.note("go on with the replica".to_owned());
+            self.image = None;
+            self.leave_for(replica.path);
+            self.snapshots = replica.snapshots;
+            self.disk = replica.disk;
+        }
+    }
+
+    /// Sends any snapshot that continues what the replica has, or else any one to a new replica.
+    fn send_to_replica(&mut self, stored: &Stored) {
+        let newest = self.newest_on_replica(stored);
+        let first = newest.map_or(0, |newest| newest + 1);
+        let numbers: Vec<_> = self.snapshots.range(first..).map(|s| *s.0).collect();
+        let Some(number) = self.random.any(&numbers) else {
+            return;
+        };
+        self.note(format!("send {number}, which continues {newest:?}"));
+        if newest.is_none() {
+            self.new_replica();
+        }
+        let disk = self.snapshots[&number].clone();
+        let path = self.replica.as_ref().unwrap().path.clone();
+        let from = newest.map(|n| n.to_string());
+        let sending = Sending::of(stored, &number.to_string(), from.as_deref()).unwrap();
+        let received = self.send(stored, &sending, &path);
+        let replica = self.replica.as_mut().unwrap();
+        replica.snapshots.insert(received, disk.clone());
+        replica.disk = disk;
+        let stored = Stored::open(&path, &[]).unwrap();
+        all_is_so(&stored, &replica.disk, &replica.snapshots, same_pieces).unwrap();
+    }
+
+    fn new_replica(&mut self) {
+        self.clones += 1;
+        let new = Replica {
+            path: self.dir.path().join(format!("replica-{}", self.clones)),
+            disk: Disk::empty(0),
+            snapshots: BTreeMap::new(),
+        };
+        if let Some(old) = self.replica.replace(new) {
+            std::fs::remove_dir_all(old.path).unwrap();
+        }
+    }
+
+    /// The number here of the newest snapshot that the replica has, if it is here.
+    fn newest_on_replica(&self, stored: &Stored) -> Option<u64> {
+        let replica = Stored::open(&self.replica.as_ref()?.path, &[]).unwrap();
+        let uuid = replica.root().snapshots.last()?.uuid;
+        let here = stored.root().snapshots.iter().find(|s| s.uuid == uuid)?;
+        Some(here.number)
+    }
+
+    /// Sends to `path`; the stream may be cut off and go on. The number of the snapshot there is returned.
+    fn send(&mut self, stored: &Stored, sending: &Sending, path: &Path) -> u64 {
+        let into = |stream: &[u8]| receive(path, &mut &*stream, None, &[], &mut |_, _| ());
+        let mut stream = Vec::new();
+        sending.write(&mut stream, &mut |_| ()).unwrap();
+        if self.random.chance(2) {
+            let length = u64::try_from(stream.len()).unwrap();
+            let cut = self.random.below(length);
+            self.note(format!("cut off at {cut} of {length}"));
+            let refused = into(&stream[..usize::try_from(cut).unwrap()]).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::StreamCut);
+            if let Some(part) = unfinished(path, &[]).unwrap() {
+                stream.clear();
+                let rest = Sending::rest(stored, &part.token()).unwrap();
+                rest.write(&mut stream, &mut |_| ()).unwrap();
+            }
+        }
+        into(&stream).unwrap().snapshot.number
+    }
+
     fn leave_for(&mut self, path: PathBuf) {
         std::fs::remove_dir_all(&self.path).unwrap();
         self.path = path;
@@ -435,31 +482,11 @@ impl Run {
     /// The image is sound, and it and all snapshots show what they must.
     pub fn verify(&mut self) -> Result<(), String> {
         let stored = Stored::open(&self.path, &[]).unwrap();
-        let report = check(&stored).unwrap();
-        if !report.corruptions.is_empty() || !report.unchecked.is_empty() {
-            return Err(format!("check: {report:?}"));
-        }
-        let view = stored.view(stored.root().active).unwrap();
         // Reading all of it takes most of a short program's time: once, at its end.
         let by_chance = matches!(self.random, Random::Seeded(_));
-        let same = if by_chance || self.random.is_used_up() {
-            same(&view, &self.disk)
-        } else {
-            same_pieces(&view, &self.disk)
-        };
-        same.map_err(|e| format!("the disk: {e}"))?;
-        let found: Vec<_> = stored.root().snapshots.iter().map(|s| s.number).collect();
-        let expected: Vec<_> = self.snapshots.keys().copied().collect();
-        if found != expected {
-            return Err(format!("snapshots {found:?}, not {expected:?}"));
-        }
-        for snapshot in &stored.root().snapshots {
-            let view = stored.view(snapshot.layer).unwrap();
-            let number = snapshot.number;
-            let same = same_pieces(&view, &self.snapshots[&number]);
-            same.map_err(|e| format!("snapshot {number}: {e}"))?;
-        }
-        Ok(())
+        let whole = by_chance || self.random.is_used_up();
+        let compare = if whole { same } else { same_pieces };
+        all_is_so(&stored, &self.disk, &self.snapshots, compare)
     }
 }
 
@@ -470,6 +497,33 @@ impl Drop for Run {
             eprintln!("after\n  {}", self.log.join("\n  "));
         }
     }
+}
+
+/// An image is sound, its disk is `disk` in the eyes of `compare`, and its snapshots are `snapshots`.
+fn all_is_so(
+    stored: &Stored,
+    disk: &Disk,
+    snapshots: &BTreeMap<u64, Disk>,
+    compare: impl Fn(&View, &Disk) -> Result<(), String>,
+) -> Result<(), String> {
+    let report = check(stored).unwrap();
+    if !report.corruptions.is_empty() || !report.unchecked.is_empty() {
+        return Err(format!("check: {report:?}"));
+    }
+    let view = stored.view(stored.root().active).unwrap();
+    compare(&view, disk).map_err(|e| format!("the disk: {e}"))?;
+    let found: Vec<_> = stored.root().snapshots.iter().map(|s| s.number).collect();
+    let expected: Vec<_> = snapshots.keys().copied().collect();
+    if found != expected {
+        return Err(format!("snapshots {found:?}, not {expected:?}"));
+    }
+    for snapshot in &stored.root().snapshots {
+        let view = stored.view(snapshot.layer).unwrap();
+        let number = snapshot.number;
+        let same = same_pieces(&view, &snapshots[&number]);
+        same.map_err(|e| format!("snapshot {number}: {e}"))?;
+    }
+    Ok(())
 }
 
 fn now(path: &Path) -> View {
