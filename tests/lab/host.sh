@@ -5,6 +5,8 @@
 # that fails ends it. Each is reported on the second serial line; what it says goes to the console.
 # LAB_STEPS, names with commas between them, chooses among the steps; "clone" is that of each filesystem.
 # Preparations are steps that are never left out.
+#
+# LAB_AFTER is the last step that a lab host before this one, which died, has ended: what comes up to there is not done again.
 
 REPORTS=/dev/ttyS1
 STEP_SECONDS=1800
@@ -17,8 +19,8 @@ report() {
     echo "$1" >"$REPORTS"
 }
 
-# prepare NAME FUNCTION [ARGUMENT]...
-prepare() {
+# run NAME FUNCTION [ARGUMENT]...
+run() {
     name=$1
     shift
     echo "== $name"
@@ -38,11 +40,28 @@ prepare() {
     return 1
 }
 
+# prepare NAME FUNCTION [ARGUMENT]...
+prepare() {
+    pass "$1"
+    run "$@"
+}
+
 # step NAME FUNCTION [ARGUMENT]...
 step() {
     is_chosen "$1" || return 0
     chosen=$((chosen + 1))
-    prepare "$@"
+    if [ -n "$after" ]; then
+        pass "$1"
+    else
+        run "$@"
+    fi
+}
+
+after=${LAB_AFTER:-}
+
+# What follows the last step of the earlier lab host is done here.
+pass() {
+    if [ "$1" = "$after" ]; then after=; fi
 }
 
 is_chosen() {

@@ -41,7 +41,7 @@ disks_read_into_dax_memory() {
 }
 
 listen() {
-    nc -l -p 5000 >/tmp/received
+    exec nc -l -p 5000 >/tmp/received
 }
 
 # The host's network driver (vhost_net) reads what a guest sends where it stands: in memory that nobody

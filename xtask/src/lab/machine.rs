@@ -36,7 +36,7 @@ pub struct Machine<'a> {
     /// A folder for its other files, which take much space.
     pub work: &'a Path,
     /// The environment of its init, as `NAME=value` words of the kernel's command line.
-    pub environment: &'a str,
+    pub environment: String,
     /// The name of a file in `work` that is an ordinary disk of it, if it has one.
     pub disk: Option<&'a str>,
 }

@@ -13,7 +13,7 @@ mod report;
 mod verdict;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::ValueEnum;
@@ -230,12 +230,12 @@ impl<'a> Lab<'a> {
             boot: &boot,
             log: folder.join("console.log"),
             work: &work,
-            environment: &form.environment(steps),
+            environment: form.environment(steps),
             disk: None,
         };
         let outcome = match form {
             Form::Shell => machine.run_on_terminal().map(|()| Vec::new()),
-            Form::Short | Form::Full | Form::Bench => run_to_the_end(&machine, release),
+            Form::Short | Form::Full | Form::Bench => run_to_the_end(machine, release),
         };
         // They take much space; the log stays.
         cache::remove_folder(&work)?;
@@ -243,40 +243,54 @@ impl<'a> Lab<'a> {
     }
 }
 
-/// Runs the steps, once more if the lab host's own kernel did not survive: the emulator's SVM returns from a guest with a
-/// wrong state now and then, and the kernel dies of it. No program can make a kernel panic, so that this hides no fault
-/// of theirs. A step that fails is never repeated.
-fn run_to_the_end(machine: &Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
-    let outcome = run_steps(machine, release);
-    if outcome.is_ok() || !has_panicked(&machine.log) {
-        return outcome;
-    }
-    let log = machine.log.with_extension("panic.log");
-    fs::rename(&machine.log, &log).map_err(Error::file("rename", &machine.log))?;
-    eprintln!(
-        "the lab host's kernel panicked, as it does now and then when it is emulated; once more (what it said is in {})",
-        log.display()
-    );
-    run_steps(machine, release)
-}
-
-/// Whether the lab host's kernel has; what a guest in it says is marked as that.
-fn has_panicked(log: &Path) -> bool {
-    let text = fs::read(log).unwrap_or_default();
-    String::from_utf8_lossy(&text)
-        .lines()
-        .any(|line| line.starts_with('[') && line.contains("Kernel panic - not syncing"))
-}
-
-/// Returns what was measured.
-fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
+/// Runs the steps, and returns what was measured. Where a lab host dies, another one goes on with the step that it was at, but
+/// not twice at one step: the emulator's SVM returns from a guest with a wrong state now and then, and the lab host's kernel dies
+/// of it. No program can bring a kernel down, so that this hides no fault of theirs. A step that fails is never repeated.
+fn run_to_the_end(mut machine: Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
+    let begin = Instant::now();
+    let environment = machine.environment.clone();
+    let mut report = Report::default();
+    let mut logs = Vec::new();
     eprintln!(
         "the lab host with the kernel of {release}; its log is {}",
         machine.log.display()
     );
-    let (begin, mut last) = (Instant::now(), Instant::now());
-    let mut report = Report::default();
-    let ended = machine.run(|line| {
+    let fault = loop {
+        let ended = run_steps(&machine, &mut report);
+        let fault = match (report.fault(), ended) {
+            (None, Ok(())) => break None,
+            (Some(fault), Ok(())) => fault,
+            (None, Err(error)) => break Some(error.to_string()),
+            (Some(fault), Err(error)) => break Some(format!("{fault}; {error}")),
+        };
+        if !report.is_cut_off() {
+            break Some(fault);
+        }
+        let Some(last) = report.go_on() else {
+            break Some(format!("{fault}; twice a lab host died there"));
+        };
+        machine.environment = format!("{environment} LAB_AFTER={last}");
+        let log = machine
+            .log
+            .with_extension(format!("{}.log", logs.len() + 1));
+        fs::rename(&machine.log, &log).map_err(Error::file("rename", &machine.log))?;
+        eprintln!(
+            "  the lab host died, as emulated ones do now and then; another one goes on (what it said is in {})",
+            log.display()
+        );
+        logs.push(log);
+    };
+    eprintln!("  in all {}", run::seconds(begin.elapsed()));
+    let Some(fault) = fault else {
+        return Ok(report.into_values());
+    };
+    logs.push(machine.log);
+    Err(failure(release, &logs, &report, fault))
+}
+
+fn run_steps(machine: &Machine<'_>, report: &mut Report) -> Result<()> {
+    let mut last = Instant::now();
+    machine.run(|line| {
         if let Some(step) = report.take(line) {
             let outcome = if step.passed { "ok" } else { "FAILED" };
             eprintln!(
@@ -286,19 +300,15 @@ fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<Vec<Value>>
             );
             last = Instant::now();
         }
-    });
-    eprintln!("  in all {}", run::seconds(begin.elapsed()));
-    let fault = match (report.fault(), ended) {
-        (None, Ok(())) => return Ok(report.into_values()),
-        (Some(fault), Ok(())) => fault,
-        (None, Err(error)) => error.to_string(),
-        (Some(fault), Err(error)) => format!("{fault}; {error}"),
-    };
-    Err(failure(release, machine.log.clone(), &report, fault))
+    })
 }
 
-fn failure(kernel: &'static str, log: PathBuf, report: &Report, fault: String) -> Error {
-    let text = fs::read(&log).unwrap_or_default();
+/// What went wrong, with what the `logs` say of it.
+fn failure(kernel: &'static str, logs: &[PathBuf], report: &Report, fault: String) -> Error {
+    let text: Vec<u8> = logs
+        .iter()
+        .flat_map(|log| fs::read(log).unwrap_or_default())
+        .collect();
     let text = String::from_utf8_lossy(&text);
     let mut tails: Vec<String> = report
         .failed()
@@ -311,6 +321,6 @@ fn failure(kernel: &'static str, log: PathBuf, report: &Report, fault: String) -
         kernel,
         fault,
         tail: tails.join("\n"),
-        log,
+        log: logs.last().cloned().unwrap_or_default(),
     }
 }

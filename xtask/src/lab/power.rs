@@ -8,7 +8,7 @@
 //! The lab host's kernel is told to write nothing back by itself, and each case shows that it did not: a file that nobody
 //! synced is gone, and where the guest's own flushes promise nothing, records are lost indeed.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::lab::machine::{End, Machine};
 use crate::lab::report::Report;
 use crate::lab::verdict::{Promise, Records};
-use crate::lab::{HOST, Lab, failure, has_panicked};
+use crate::lab::{HOST, Lab, failure};
 use crate::run;
 
 /// The disk, a file in the folder of the machine's other files.
@@ -243,7 +243,7 @@ impl Host<'_> {
         };
         Err(failure(
             self.release,
-            self.log(case, "verify"),
+            &[self.log(case, "verify")],
             &report,
             format!("{}: {fault}", case.name()),
         ))
@@ -260,7 +260,7 @@ impl Host<'_> {
             boot: &self.boot,
             log: self.log(case, phase),
             work: self.work,
-            environment: &environment,
+            environment,
             disk: Some(DISK),
         })
     }
@@ -268,7 +268,7 @@ impl Host<'_> {
     fn failure(&self, case: Case, phase: &str, fault: String) -> Error {
         failure(
             self.release,
-            self.log(case, phase),
+            &[self.log(case, phase)],
             &Report::default(),
             format!("{}: {fault}", case.name()),
         )
@@ -278,6 +278,14 @@ impl Host<'_> {
         let name = case.name().replace('/', "-");
         self.folder.join(format!("{name}-{phase}.log"))
     }
+}
+
+/// Whether the lab host's kernel has; what a guest in it says is marked as that.
+fn has_panicked(log: &Path) -> bool {
+    let text = fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&text)
+        .lines()
+        .any(|line| line.starts_with('[') && line.contains("Kernel panic - not syncing"))
 }
 
 /// A number of the range, another one each time.

@@ -43,9 +43,31 @@ pub struct Report {
     steps: Vec<Step>,
     values: Vec<Value>,
     result: Option<(usize, usize)>,
+    /// How many of the steps lab hosts before this one have ended, if this is not the first.
+    earlier: usize,
+    /// The last step that no earlier lab host has ended.
+    reached: String,
+    /// What `reached` was when a lab host died.
+    died_after: Option<String>,
 }
 
 impl Report {
+    /// Whether the lab host has not come to its end.
+    pub fn is_cut_off(&self) -> bool {
+        self.result.is_none()
+    }
+
+    /// The lab host has died, and another one goes on behind the step that is returned, `""` if none has ended; `None` if one
+    /// died there before.
+    pub fn go_on(&mut self) -> Option<&str> {
+        if self.died_after.as_ref() == Some(&self.reached) {
+            return None;
+        }
+        self.died_after = Some(self.reached.clone());
+        self.earlier = self.steps.len();
+        Some(&self.reached)
+    }
+
     /// Takes in one line, and returns the step if the line is about one.
     pub fn take(&mut self, line: &str) -> Option<&Step> {
         if let Some(value) = line.strip_prefix("LAB-VALUE ") {
@@ -55,6 +77,10 @@ impl Report {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["LAB-STEP", name, outcome @ ("ok" | "FAILED")] => {
+                // What prepares others is done by each lab host.
+                if !self.steps.iter().any(|step| step.name == name) {
+                    self.reached = name.to_string();
+                }
                 self.steps.push(Step {
                     name: name.to_string(),
                     passed: outcome == "ok",
@@ -82,7 +108,12 @@ impl Report {
     /// Says what is wrong, if anything is.
     pub fn fault(&self) -> Option<String> {
         let failed: Vec<&str> = self.failed().map(|step| step.name.as_str()).collect();
-        let counted = (self.steps.len() - failed.len(), failed.len());
+        let counted = self.steps[self.earlier..]
+            .iter()
+            .fold((0, 0), |(passed, failed), step| match step.passed {
+                true => (passed + 1, failed),
+                false => (passed, failed + 1),
+            });
         let incomplete = match self.result {
             None => Some(format!("no result came; {}", self.last())),
             Some(result) if result != counted => Some(format!(
@@ -154,6 +185,31 @@ mod tests {
         assert_eq!(fault(&lines).unwrap(), "failed: a");
         let cut = fault(&lines[..1]).unwrap();
         assert!(cut.starts_with("failed: a; no result came"), "{cut}");
+    }
+
+    #[test]
+    fn another_lab_host_goes_on_where_one_died_but_not_twice_at_one_place() {
+        let mut report = Report::default();
+        let take = |report: &mut Report, lines: &[&str]| {
+            for line in lines {
+                report.take(line);
+            }
+        };
+        take(&mut report, &["LAB-STEP mount ok", "LAB-STEP a ok"]);
+        assert!(report.is_cut_off());
+        assert_eq!(report.go_on(), Some("a"));
+        take(&mut report, &["LAB-STEP mount ok", "LAB-STEP b FAILED"]);
+        assert_eq!(report.go_on(), Some("b"));
+        take(&mut report, &["LAB-STEP mount ok"]);
+        assert_eq!(report.go_on(), None);
+        let mut report = Report::default();
+        assert_eq!(report.go_on(), Some(""));
+        take(&mut report, &["LAB-STEP mount ok", "LAB-STEP a FAILED"]);
+        assert_eq!(report.go_on(), Some("a"));
+        take(&mut report, &["LAB-STEP mount ok", "LAB-RESULT 1 0"]);
+        assert!(!report.is_cut_off());
+        // Its own result is good, and does not make up for what failed before.
+        assert_eq!(report.fault().unwrap(), "failed: a");
     }
 
     #[test]
