@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use pcow_format::check::check;
 use pcow_format::medium::real::RealFile;
 use pcow_format::ops::{Base, NewImage, create, create_filled, receive, unfinished};
+use pcow_format::root::Root;
 use pcow_format::stream::Sending;
 use pcow_format::{ClusterRange, ClusterSize, ErrorKind, Image, Stored, View, VirtualSize};
 
@@ -448,15 +449,31 @@ impl Run {
 
     /// The number here of the newest snapshot that the replica has, if it is here.
     fn newest_on_replica(&self, stored: &Stored) -> Option<u64> {
-        let replica = Stored::open(&self.replica.as_ref()?.path, &[]).unwrap();
-        let uuid = replica.root().snapshots.last()?.uuid;
+        let uuid = self.replica_root()?.snapshots.last()?.uuid;
         let here = stored.root().snapshots.iter().find(|s| s.uuid == uuid)?;
         Some(here.number)
     }
 
+    fn replica_has(&self, name: &str) -> bool {
+        let root = self.replica_root();
+        root.is_some_and(|root| root.snapshots.iter().any(|s| s.name == name))
+    }
+
+    /// `None` if there is none, or nothing was received yet.
+    fn replica_root(&self) -> Option<Root> {
+        let replica = Stored::open(&self.replica.as_ref()?.path, &[]);
+        Some(replica.ok()?.root().clone())
+    }
+
     /// Sends to `path`; the stream may be cut off and go on. The number of the snapshot there is returned.
     fn send(&mut self, stored: &Stored, sending: &Sending, path: &Path) -> u64 {
-        let into = |stream: &[u8]| receive(path, &mut &*stream, None, &[], &mut |_, _| ());
+        // A name that the snapshot got here later may be another one's there.
+        let header = sending.header();
+        let number = header.snapshot.number;
+        let other = self.replica_has(&header.snapshot.name);
+        let name = other.then(|| format!("sent-{number}"));
+        let into =
+            |stream: &[u8]| receive(path, &mut &*stream, name.as_deref(), &[], &mut |_, _| ());
         let mut stream = Vec::new();
         sending.write(&mut stream, &mut |_| ()).unwrap();
         if self.random.chance(2) {
