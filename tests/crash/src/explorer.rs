@@ -387,6 +387,9 @@ impl<'a> Explorer<'a> {
         while chosen.len() < samples {
             chosen.push(self.sample(choices));
         }
+        if samples > 2 {
+            chosen.extend(removals_apart(choices));
+        }
         chosen
     }
 
@@ -473,6 +476,21 @@ fn all_combinations(options: &[usize]) -> Vec<Vec<usize>> {
         all = all.iter().flat_map(longer).collect();
     }
     all
+}
+
+/// All that was removed is there again and nothing else was lost, and the other way round. Chance alone hardly ever meets
+/// these where much was removed. Nothing if that is one with everything lost and everything kept.
+fn removals_apart(choices: &[Choice]) -> Vec<Vec<usize>> {
+    let removals = choices.iter().filter(|c| c.is_removal()).count();
+    if removals == 0 || removals == choices.len() {
+        return Vec::new();
+    }
+    let kept = |c: &Choice, is_kept| if is_kept { c.options() - 1 } else { 0 };
+    let apart = |removals_kept: bool| {
+        let pick = |c: &Choice| kept(c, c.is_removal() == removals_kept);
+        choices.iter().map(pick).collect()
+    };
+    vec![apart(false), apart(true)]
 }
 
 /// The power cut in words: what was lost in it.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-use super::names::DirectoryNode;
+use super::names::{DirectoryNode, NameChange};
 use super::state::{
     Content, FileNode, Inode, Node, PAGE_BYTES, SECTOR_BYTES, State, TOP, Versions, WORD_BYTES,
     content, raw,
@@ -32,9 +32,15 @@ pub struct Choice {
     inode: Inode,
     what: Undecided,
     options: usize,
+    removal: bool,
 }
 
 impl Choice {
+    /// Whether it decides if names that were removed are there again.
+    pub fn is_removal(&self) -> bool {
+        self.removal
+    }
+
     /// How many outcomes there are: 0 is the oldest, the last one the newest.
     pub fn options(&self) -> usize {
         self.options
@@ -118,17 +124,22 @@ impl Moment {
     pub fn choices(&self) -> Vec<Choice> {
         let mut choices = Vec::new();
         for inode in self.state.reachable() {
-            let mut add = |what, options| {
-                choices.push(Choice {
-                    inode,
-                    what,
-                    options,
-                });
+            let choice = |what, options, removal| Choice {
+                inode,
+                what,
+                options,
+                removal,
             };
             match self.state.node(inode) {
-                Node::File(file) => file_choices(file, self.settings.unit(), &mut add),
+                Node::File(file) => file_choices(file, self.settings.unit(), |what, options| {
+                    choices.push(choice(what, options, false));
+                }),
                 Node::Directory(directory) => {
-                    (0..directory.pending.len()).for_each(|i| add(Undecided::Name(i), 2));
+                    let pending = directory.pending.iter().enumerate();
+                    let one = |(i, change): (usize, &NameChange)| {
+                        choice(Undecided::Name(i), 2, change.only_removes())
+                    };
+                    choices.extend(pending.map(one));
                 }
             }
         }
@@ -242,7 +253,7 @@ impl Settings {
     }
 }
 
-fn file_choices(file: &FileNode, unit: Option<usize>, add: &mut impl FnMut(Undecided, usize)) {
+fn file_choices(file: &FileNode, unit: Option<usize>, mut add: impl FnMut(Undecided, usize)) {
     if !file.len.is_settled() {
         add(Undecided::Length, file.len.count());
     }

@@ -10,6 +10,10 @@ use super::state::Inode;
 pub(super) struct NameChange(pub(super) Vec<(String, Option<Inode>)>);
 
 impl NameChange {
+    pub(super) fn only_removes(&self) -> bool {
+        self.0.iter().all(|(_, inode)| inode.is_none())
+    }
+
     fn touches(&self, name: &str) -> bool {
         self.0.iter().any(|(n, _)| n == name)
     }

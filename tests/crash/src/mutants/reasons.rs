@@ -104,6 +104,7 @@ fn hasty(site: &str) -> Option<&'static str> {
         "active.open.",
         "active.prepare.",
         "active.word",
+        "delete.unmark.sync",
         "open.dir.sync",
     ];
     if in_process.iter().any(|start| site.starts_with(start)) {
@@ -227,6 +228,10 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "how far a partial image is means nothing once it has the name of a whole one",
         &[("receive.progress.dir.sync", "receive.rename")],
+    ),
+    (
+        "no harm before an older root is put back: see 'without delete.unmark.sync'",
+        &[("delete.mark.unlink", "delete.unmark.sync")],
     ),
     (
         "live words come after the opening: see 'without active.open.tag_sync'",
