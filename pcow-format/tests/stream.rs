@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Streams: what is sent is what is received, whatever happens on the way; what was not sent by anybody is refused.
+//! Streams: what is sent is what is received, whatever happens on the way; what was not sent by anybody is refused. That a copy
+//! follows whatever is done to an image is part of the model test.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -557,80 +558,6 @@ fn header_and_records_are_laid_out_as_in_the_document() {
     assert!(DOCUMENT.contains(&format!("at most {MAX_DATA_BYTES}.")));
     assert!(DOCUMENT.contains(&format!("multiples of {UNIT_BYTES},")));
     assert!(DOCUMENT.contains(&format!("{DATA} data, {ZEROS} zeros, {END} end")));
-}
-
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % end
-    }
-}
-
-fn change_at_random(image: &mut Image, random: &mut Random) {
-    for _ in 0..random.below(12) {
-        let size = image.virtual_size().bytes();
-        let start = random.below(size);
-        let end = (start + 1 + random.below(300_000)).min(size);
-        match random.below(8) {
-            0 => image.write_zeros(start..end).unwrap(),
-            1 => {
-                let size = (1 + random.below(3)) * 2 * MIB;
-                image.resize(VirtualSize::new(size).unwrap()).unwrap();
-            }
-            n => {
-                let byte = u8::try_from(n & 3).unwrap();
-                let bytes = vec![byte; usize::try_from(end - start).unwrap()];
-                image.write(start, &bytes).unwrap();
-            }
-        }
-    }
-}
-
-/// A base of another cluster size, growing, shrinking, zeros: the copy follows.
-#[test]
-fn a_copy_follows_whatever_is_done_to_an_image() {
-    for seed in 1..=12 {
-        let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
-        let place = Place::new();
-        place.create("golden", 4 * MIB, 4096);
-        place.change("golden", |image| change_at_random(image, &mut random));
-        let cluster = 4096 << (random.below(4) * 3);
-        let new = NewImage {
-            size: Some(VirtualSize::new(6 * MIB).unwrap()),
-            cluster: ClusterSize::new(cluster).unwrap(),
-            allocation_unit: None,
-            base: Some(ops::Base::Image {
-                path: place.path("golden"),
-                snapshot: None,
-                reference: false,
-            }),
-        };
-        ops::create(&place.path("vm"), &new, &[]).unwrap();
-        let mut last: Option<String> = None;
-        for n in 0..6 {
-            let name = format!("s{n}");
-            place.change("vm", |image| {
-                change_at_random(image, &mut random);
-                image.snapshot(Some(&name)).unwrap();
-            });
-            if random.below(4) == 0 {
-                continue;
-            }
-            let stream = place.send("vm", &name, last.as_deref());
-            place.receive("copy", &stream).unwrap();
-            let same = place.show("vm", &name) == place.show("copy", &name);
-            assert!(same, "seed {seed}, snapshot {n}, since {last:?}");
-            last = Some(name);
-        }
-        if last.is_some() {
-            place.check("copy");
-        }
-    }
 }
 
 #[test]
