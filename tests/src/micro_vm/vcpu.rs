@@ -33,8 +33,8 @@ const PAGING: u64 = 1 << 31;
 /// A processor in 32-bit protected mode without paging.
 ///
 /// Emulated SVM loses a guest now and then: QEMU 10.0's TCG leaves it with the state of the host itself, whose next
-/// instruction is the one behind VMRUN, and the guest then faults without end. No page fault of the guest's own can do
-/// that; a processor that was found so begins its copy again.
+/// instruction is the one behind VMRUN, and the guest then faults without end, shuts down, or reaches for memory that there is
+/// not. No page fault of the guest's own can do that; a processor that was found so begins its copy again.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -134,7 +134,17 @@ impl Vcpu {
             let sequence = self.bounces.sequence();
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, _)) if port == u16::from(DONE_PORT) => return true,
-                Ok(exit) => panic!("processor {} left with {exit:?}", self.number),
+                // Nothing of its program can raise an exception, of which there would have to be three. It tells no more:
+                // KVM has reset the processor.
+                Ok(VcpuExit::Shutdown) => return false,
+                Ok(exit) => {
+                    let exit = format!("{exit:?}");
+                    self.end_exit();
+                    if self.has_lost_its_state() {
+                        return false;
+                    }
+                    panic!("processor {} left with {exit}", self.number);
+                }
                 Err(error)
                     if error.errno() == Errno::FAULT.raw_os_error()
                         && self.bounces.happened_since(sequence) =>
@@ -149,6 +159,18 @@ impl Vcpu {
                 Err(error) => panic!("processor {} cannot run: {error}", self.number),
             }
         }
+    }
+
+    /// Has KVM end what the last exit has begun; it would change the registers otherwise once the processor runs again.
+    fn end_exit(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let ended = self.fd.run().map(|exit| format!("{exit:?}"));
+        assert!(
+            matches!(&ended, Err(e) if e.errno() == Errno::INTR.raw_os_error()),
+            "processor {} left again with {ended:?}",
+            self.number
+        );
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     /// Whether it is outside of its program, with paging, which that cannot switch on.
