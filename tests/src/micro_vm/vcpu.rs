@@ -116,7 +116,7 @@ impl Vcpu {
             ..Default::default()
         };
         self.fd.set_regs(&work).unwrap();
-        while !self.run_to_the_end() {
+        while !self.run_to_the_end(&work) {
             self.lost_states += 1;
             self.fd
                 .set_vcpu_events(&kvm_vcpu_events::default())
@@ -129,7 +129,7 @@ impl Vcpu {
 
     /// Enters the guest until it is done; false if its state was lost. KVM does not tell where a store failed, so an entry that fails is repeated if,
     /// and only if, a bounce had a page write-protected since it began.
-    fn run_to_the_end(&mut self) -> bool {
+    fn run_to_the_end(&mut self, work: &kvm_regs) -> bool {
         loop {
             let sequence = self.bounces.sequence();
             match self.fd.run() {
@@ -140,7 +140,7 @@ impl Vcpu {
                 Ok(exit) => {
                     let exit = format!("{exit:?}");
                     self.end_exit();
-                    if self.has_lost_its_state() {
+                    if self.has_lost_its_state(work) {
                         return false;
                     }
                     panic!("processor {} left with {exit}", self.number);
@@ -152,7 +152,7 @@ impl Vcpu {
                     self.repeated_entries += 1;
                 }
                 Err(error) if error.errno() == Errno::INTR.raw_os_error() => {
-                    if self.has_lost_its_state() {
+                    if self.has_lost_its_state(work) {
                         return false;
                     }
                 }
@@ -173,11 +173,29 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    /// Whether it is outside of its program, with paging, which that cannot switch on.
-    fn has_lost_its_state(&self) -> bool {
-        let rip = self.fd.get_regs().unwrap().rip;
-        let paging = self.fd.get_sregs().unwrap().cr0 & PAGING != 0;
-        rip > PROGRAM.len() as u64 && paging
+    /// Whether it is where its program, begun with `work`, cannot have led it. Says where it is if not.
+    fn has_lost_its_state(&self, work: &kvm_regs) -> bool {
+        let now = self.fd.get_regs().unwrap();
+        let mode = self.fd.get_sregs().unwrap();
+        let copied = work.rcx.wrapping_sub(now.rcx);
+        let bytes = copied.wrapping_mul(WORD_BYTES as u64);
+        let is_on_its_way = now.rip <= PROGRAM.len() as u64
+            && copied <= work.rcx
+            && now.rsi == work.rsi.wrapping_add(bytes)
+            && now.rdi == work.rdi.wrapping_add(bytes);
+        // Its program switches nothing on or off, and changes no flag.
+        let is_in_its_mode = mode.cr0 & PAGING == 0
+            && mode.cr0 & PROTECTED_MODE != 0
+            && now.rflags & INTERRUPTS_ACCEPTED == INTERRUPTS_ACCEPTED;
+        let is_lost = !(is_on_its_way && is_in_its_mode);
+        if !is_lost {
+            let events = self.fd.get_vcpu_events().unwrap();
+            eprintln!(
+                "processor {} goes on with {now:?}, {mode:?}, {events:?}",
+                self.number
+            );
+        }
+        is_lost
     }
 
     pub(super) fn lost_states(&self) -> u64 {
