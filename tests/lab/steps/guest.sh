@@ -3,6 +3,9 @@
 
 GUEST_SECONDS=900
 
+# A guest speaks within half a minute.
+SILENT_SECONDS=180
+
 # What is run as a backend, and what it has to say of the image's persistence.
 backend_program=pcow-backend
 persistence='DAX: what the guest flushes is durable'
@@ -98,12 +101,12 @@ boot_machine() {
 # run_qemu IMAGES [ARGUMENT]...: a machine with a device for each of the images, and what else the
 # arguments say. Its serial line and its messages go to /tmp/guest.log.
 #
-# The emulated processor loses a guest's state now and then. One that it lost before the guest said
-# anything is started once more: nothing was asked of the image until then.
+# The emulated processor loses a guest's state now and then, after which it ends, or runs for ever. One
+# that was lost before it said anything is started once more: nothing was asked of the image until then.
 run_qemu() {
     run_qemu_once "$@"
     if [ ! -s /tmp/guest.log ]; then
-        echo "the guest ended without a word, as emulated ones do now and then; it is started once more"
+        echo "the guest has said nothing, as emulated ones do now and then; it is started once more"
         run_qemu_once "$@"
     fi
     rm /tmp/initramfs
@@ -123,10 +126,22 @@ run_qemu_once() {
         number=$((number + 1))
     done
     start_beside
-    boot_machine "$@" <"$input" >/tmp/guest.log 2>&1 || echo "QEMU ended with $?" >>/tmp/guest.log
+    end_silent_guest &
+    status=0
+    boot_machine "$@" <"$input" >/tmp/guest.log 2>&1 || status=$?
     end_beside
+    # QEMU does not fail without a word.
+    if [ "$status" != 0 ] && [ -s /tmp/guest.log ]; then echo "QEMU ended with $status" >>/tmp/guest.log; fi
     sed 's/^/guest: /' /tmp/guest.log
     end_backends
+}
+
+end_silent_guest() {
+    for _ in $(seq "$SILENT_SECONDS"); do
+        sleep 1
+        if [ -s /tmp/guest.log ] || ! pidof qemu-system-x86_64 >/dev/null; then return; fi
+    done
+    killall -KILL qemu-system-x86_64
 }
 
 # guest IMAGES SCRIPT [WORD]...: boots a guest, whose script has to succeed. $machine has more arguments
