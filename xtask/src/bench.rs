@@ -3,6 +3,7 @@
 //!
 //! What is measured and how is the bench program's own affair (`tests/src/bin/pcow-bench`).
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -85,10 +86,17 @@ fn compare(cache: &Cache, bench: &mut Command) -> Result<()> {
     let there = lab::bench(cache)?;
     println!("| to the least that is possible | here | lab host, ext4 with DAX, emulated |");
     println!("|---|---|---|");
-    for value in here.lines().filter_map(Value::parse) {
-        let same = there.iter().find(|other| other.name == value.name);
-        let number = same.map_or("not measured", |other| &other.number);
-        println!("| {} | {} | {number} |", value.name, value.number);
+    let here: Vec<_> = here.lines().filter_map(Value::parse).collect();
+    let number_of = |name: &str, values: &[Value]| {
+        let found = values.iter().find(|value| value.name == name);
+        found.map_or("not measured".to_string(), |value| value.number.clone())
+    };
+    let mut names: Vec<_> = here.iter().chain(&there).map(|value| &value.name).collect();
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(*name));
+    for name in names {
+        let (here, there) = (number_of(name, &here), number_of(name, &there));
+        println!("| {name} | {here} | {there} |");
     }
     Ok(())
 }

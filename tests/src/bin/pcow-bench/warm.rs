@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bandwidth of a region in which everything is mapped, beside the same file mapped directly.
+//! Bandwidth of a region in which everything is mapped, beside the same file mapped directly: as programs map files, and,
+//! where the file is in persistent memory, with `MAP_SYNC`, as the region's files are, too.
 
 use std::fs::File;
+use std::ptr::null_mut;
 use std::time::Instant;
 
-use memmap2::{MmapOptions, MmapRaw};
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
 use pcow_tests::scratch::Scratch;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::faults::active_data;
 use crate::place::Place;
@@ -21,24 +23,27 @@ const BLOCK: usize = 256 << 10;
 
 /// Prints a table.
 pub fn report(place: &Place, effort: &Effort) {
-    let (rounds, events) = measure(place, effort);
-    print(place, &rounds, events);
+    let (measured, events) = measure(place, effort);
+    print(place, &measured, events);
 }
 
 /// Prints the ratios alone.
 pub fn ratios(place: &Place, effort: &Effort) {
-    let (rounds, _) = measure(place, effort);
-    println!("warm, read: {:.3}", ratio(&rounds, |r| r.read));
-    println!("warm, write: {:.3}", ratio(&rounds, |r| r.write));
+    let (measured, _) = measure(place, effort);
+    for (n, direct) in measured.direct.iter().enumerate() {
+        for (what, seconds) in [("read", &measured.read), ("write", &measured.write)] {
+            println!("warm, {what}{direct}: {:.3}", ratio(seconds, n));
+        }
+    }
 }
 
-/// The median over rounds of the bandwidth in the region to that in the direct mapping.
-fn ratio(rounds: &[Round], of: impl Fn(&Round) -> (f64, f64)) -> f64 {
-    median(rounds.iter().map(|r| of(r).1 / of(r).0).collect())
+/// The median over rounds of the bandwidth in the region to that in the direct mapping number `n`.
+fn ratio(seconds: &[Vec<f64>], n: usize) -> f64 {
+    median(seconds.iter().map(|r| r[n + 1] / r[0]).collect())
 }
 
-/// The rounds, and the number of events while everything was mapped.
-fn measure(place: &Place, effort: &Effort) -> (Vec<Round>, u64) {
+/// What was measured, and the number of events while everything was mapped.
+fn measure(place: &Place, effort: &Effort) -> (Measured, u64) {
     let scratch = Scratch::below(&place.dir);
     let image = scratch.image("image", 1 << 30, CLUSTER);
     let mut backend = Backend::start(&image, &[]);
@@ -48,20 +53,37 @@ fn measure(place: &Place, effort: &Effort) -> (Vec<Round>, u64) {
         .read(true)
         .write(true)
         .open(active_data(&image));
-    let direct = MmapOptions::new()
-        .len(BYTES)
-        .map_raw(&data.unwrap())
-        .unwrap();
+    let data = data.unwrap();
+    let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
+    let direct: Vec<_> = [
+        Direct::new("", &data, MapFlags::SHARED),
+        Direct::new(", to one with MAP_SYNC", &data, sync),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     let frontend = Frontend::connect(backend.socket(), &FrontendOptions::default()).unwrap();
-    let region = frontend.region().as_ptr();
-    let mut bench = Bench::new(region, &direct);
+    let mut memory = vec![frontend.region().as_ptr()];
+    memory.extend(direct.iter().map(|d| d.memory));
+    let mut bench = Bench::new(memory);
     bench.warm_up();
     let maps = frontend.mapping_counts().maps;
-    let rounds: Vec<Round> = (0..effort.rounds).map(|_| bench.round()).collect();
+    let mut measured = Measured {
+        direct: direct.iter().map(|d| d.name).collect(),
+        read: Vec::new(),
+        write: Vec::new(),
+    };
+    for _ in 0..effort.rounds {
+        measured.read.push(bench.read());
+        measured.write.push(bench.write());
+    }
     drop(frontend);
     backend.terminate();
     // The warm-up's faults are those that were answered by a MAP.
-    (rounds, backend.session_counts().faults.saturating_sub(maps))
+    (
+        measured,
+        backend.session_counts().faults.saturating_sub(maps),
+    )
 }
 
 /// Makes all of the image data.
@@ -73,76 +95,100 @@ fn fill(backend: &Backend) {
         .for_each(|at| memory.store(at, 1));
 }
 
-fn print(place: &Place, rounds: &[Round], events: u64) {
+fn print(place: &Place, measured: &Measured, events: u64) {
     println!(
         "| warm GiB on {} | pcow GiB/s | mapped directly GiB/s | ratio | events while warm |",
         place.filesystem
     );
     println!("|---|---|---|---|---|");
-    let row = |name: &str, of: &dyn Fn(&Round) -> (f64, f64)| {
-        let pcow = median(rounds.iter().map(|r| 1.0 / of(r).0).collect());
-        let direct = median(rounds.iter().map(|r| 1.0 / of(r).1).collect());
-        let ratio = ratio(rounds, of);
-        println!("| {name} | {pcow:.2} | {direct:.2} | {ratio:.3} | {events} |");
-    };
-    row("read", &|r| r.read);
-    row("write", &|r| r.write);
+    for (n, direct) in measured.direct.iter().enumerate() {
+        for (what, seconds) in [("read", &measured.read), ("write", &measured.write)] {
+            let speed = |of: usize| median(seconds.iter().map(|r| 1.0 / r[of]).collect());
+            let (pcow, other) = (speed(0), speed(n + 1));
+            let ratio = ratio(seconds, n);
+            println!("| {what}{direct} | {pcow:.2} | {other:.2} | {ratio:.3} | {events} |");
+        }
+    }
 }
 
-/// Seconds for a GiB: in the region, and in the direct mapping.
-struct Round {
-    read: (f64, f64),
-    write: (f64, f64),
+/// Seconds for a GiB, a list for each round: first in the region, then in each of the direct mappings.
+struct Measured {
+    direct: Vec<&'static str>,
+    read: Vec<Vec<f64>>,
+    write: Vec<Vec<f64>>,
+}
+
+/// The file, mapped by itself.
+struct Direct {
+    name: &'static str,
+    memory: *mut u8,
+}
+
+impl Direct {
+    /// `None` if the file cannot be mapped so.
+    fn new(name: &'static str, file: &File, flags: MapFlags) -> Option<Self> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a mapping at an address that the kernel chooses takes nobody's place.
+        let memory = unsafe { mmap(null_mut(), BYTES, access, flags, file, 0) }.ok()?;
+        Some(Self {
+            name,
+            memory: memory.cast(),
+        })
+    }
+}
+
+impl Drop for Direct {
+    fn drop(&mut self) {
+        // SAFETY: `new` has made the mapping with this length; it is unmapped once, and nobody uses it any more.
+        unsafe { munmap(self.memory.cast(), BYTES) }.unwrap();
+    }
 }
 
 struct Bench {
-    region: *mut u8,
-    direct: *mut u8,
+    memory: Vec<*mut u8>,
     block: Vec<u8>,
 }
 
 impl Bench {
-    fn new(region: *mut u8, direct: &MmapRaw) -> Self {
+    fn new(memory: Vec<*mut u8>) -> Self {
         Self {
-            region,
-            direct: direct.as_mut_ptr(),
+            memory,
             block: vec![1; BLOCK],
         }
     }
 
     fn warm_up(&mut self) {
-        for memory in [self.region, self.direct] {
-            self.write(memory);
-            self.read(memory);
-        }
+        self.write();
+        self.read();
     }
 
-    fn round(&mut self) -> Round {
-        Round {
-            read: (self.read(self.region), self.read(self.direct)),
-            write: (self.write(self.region), self.write(self.direct)),
-        }
+    fn read(&mut self) -> Vec<f64> {
+        let block = self.block.as_mut_ptr();
+        let read = |memory: &*mut u8| {
+            let start = Instant::now();
+            for at in (0..BYTES).step_by(BLOCK) {
+                let source = memory.wrapping_add(at);
+                // SAFETY: all mappings have BYTES bytes and outlive this value; nobody writes to them meanwhile, and the
+                // block is this value's own.
+                unsafe { source.copy_to_nonoverlapping(block, BLOCK) };
+            }
+            start.elapsed().as_secs_f64()
+        };
+        self.memory.iter().map(read).collect()
     }
 
-    fn read(&mut self, memory: *mut u8) -> f64 {
-        let start = Instant::now();
-        for at in (0..BYTES).step_by(BLOCK) {
-            let source = memory.wrapping_add(at);
-            // SAFETY: both mappings have BYTES bytes and outlive this value; nobody writes to them meanwhile, and the
-            // block is this value's own.
-            unsafe { source.copy_to_nonoverlapping(self.block.as_mut_ptr(), BLOCK) };
-        }
-        start.elapsed().as_secs_f64()
-    }
-
-    fn write(&mut self, memory: *mut u8) -> f64 {
-        let start = Instant::now();
-        for at in (0..BYTES).step_by(BLOCK) {
-            let target = memory.wrapping_add(at);
-            // SAFETY: both mappings have BYTES bytes and outlive this value; nobody refers to them, and the block is
-            // this value's own.
-            unsafe { target.copy_from_nonoverlapping(self.block.as_ptr(), BLOCK) };
-        }
-        start.elapsed().as_secs_f64()
+    fn write(&self) -> Vec<f64> {
+        let block = self.block.as_ptr();
+        let write = |memory: &*mut u8| {
+            let start = Instant::now();
+            for at in (0..BYTES).step_by(BLOCK) {
+                let target = memory.wrapping_add(at);
+                // SAFETY: all mappings have BYTES bytes and outlive this value; nobody refers to them, and the block is
+                // this value's own.
+                unsafe { target.copy_from_nonoverlapping(block, BLOCK) };
+            }
+            start.elapsed().as_secs_f64()
+        };
+        self.memory.iter().map(write).collect()
     }
 }
