@@ -6,6 +6,9 @@ GUEST_SECONDS=900
 # A guest speaks within half a minute.
 SILENT_SECONDS=180
 
+# The exit status of a step of which the emulator has lost a guest.
+LOST_GUEST=75
+
 # What is run as a backend, and what it has to say of the image's persistence.
 backend_program=pcow-backend
 persistence='DAX: what the guest flushes is durable'
@@ -69,14 +72,13 @@ start_beside() {
     fi
 }
 
+# Sets $failure if what ran beside the guest has failed.
 end_beside() {
-    [ -n "$beside" ] || return 0
-    if [ -s /tmp/guest.log ]; then
-        wait "$beside_process" || echo "QEMU ended with what ran beside it failing" >>/tmp/guest.log
-    else
-        # It waits in vain for the guest.
-        kill "$beside_process" || true
-        wait "$beside_process" || true
+    failure=
+    if [ -n "$beside" ]; then
+        # A guest that is lost may have left it waiting.
+        if is_lost; then kill "$beside_process" || true; fi
+        wait "$beside_process" || failure="what ran beside the guest failed"
     fi
 }
 
@@ -100,20 +102,7 @@ boot_machine() {
 
 # run_qemu IMAGES [ARGUMENT]...: a machine with a device for each of the images, and what else the
 # arguments say. Its serial line and its messages go to /tmp/guest.log.
-#
-# The emulated processor loses a guest's state now and then, after which it ends, or runs for ever. One
-# that was lost before it said anything is started once more: nothing was asked of the image until then.
 run_qemu() {
-    run_qemu_once "$@"
-    if [ ! -s /tmp/guest.log ]; then
-        echo "the guest has said nothing, as emulated ones do now and then; it is started once more"
-        run_qemu_once "$@"
-    fi
-    rm /tmp/initramfs
-    if grep 'QEMU ended with' /tmp/guest.log; then exit 1; fi
-}
-
-run_qemu_once() {
     images=$1
     shift
     backends=
@@ -129,19 +118,31 @@ run_qemu_once() {
     end_silent_guest &
     status=0
     boot_machine "$@" <"$input" >/tmp/guest.log 2>&1 || status=$?
-    end_beside
     # QEMU does not fail without a word.
     if [ "$status" != 0 ] && [ -s /tmp/guest.log ]; then echo "QEMU ended with $status" >>/tmp/guest.log; fi
+    end_beside
+    rm /tmp/initramfs
     sed 's/^/guest: /' /tmp/guest.log
     end_backends
 }
 
+# Ends a guest that says nothing. If it waits for a page of its memory, that is told in its log.
 end_silent_guest() {
     for _ in $(seq "$SILENT_SECONDS"); do
         sleep 1
         if [ -s /tmp/guest.log ] || ! pidof qemu-system-x86_64 >/dev/null; then return; fi
     done
+    if cat /proc/[0-9]*/task/*/wchan 2>/dev/null | grep -q userfault; then
+        echo "QEMU ended with a page that did not come" >>/tmp/guest.log
+    fi
     killall -KILL qemu-system-x86_64
+}
+
+# Whether the emulator has lost the guest: the emulated processor forgets now and then which guest it ran, which then
+# ends, or runs for ever, before it has said anything. A guest that ends otherwise says so, or its kernel does, or QEMU.
+# What an image holds cannot do that: the guest's kernel and its programs are in ordinary memory.
+is_lost() {
+    ! grep -q 'QEMU ended with\|PCOW-GUEST-EXIT\|Kernel panic\|reboot:' /tmp/guest.log
 }
 
 # guest IMAGES SCRIPT [WORD]...: boots a guest, whose script has to succeed. $machine has more arguments
@@ -153,6 +154,9 @@ guest() {
     write_initramfs "$@"
     # shellcheck disable=SC2086 # one argument per word
     run_qemu "$images" $machine
+    if is_lost; then exit "$LOST_GUEST"; fi
+    if [ -n "$failure" ]; then fail "$failure"; fi
+    if grep 'QEMU ended with' /tmp/guest.log; then exit 1; fi
     tr -d '\r' </tmp/guest.log | grep -q '^PCOW-GUEST-EXIT 0$' || fail "the guest failed"
 }
 

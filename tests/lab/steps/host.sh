@@ -17,7 +17,6 @@ make_namespace() {
 
 # mount_dax ext4|xfs
 mount_dax() {
-    mkdir -p "$DAX"
     case $1 in
     ext4)
         mkfs.ext4 -q -F -b 4096 -E stride=512 /dev/pmem0
