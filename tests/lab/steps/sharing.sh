@@ -48,6 +48,8 @@ listen() {
 # has touched before.
 network_sends_from_dax_memory() {
     need_files
+    # One of an attempt before this would be in the way.
+    if [ -e /sys/class/net/tap0 ]; then tunctl -d tap0; fi
     tunctl -t tap0
     ip addr add 10.0.0.1/24 dev tap0
     ip link set tap0 up
