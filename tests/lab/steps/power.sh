@@ -39,13 +39,6 @@ pcow_backend_that_says_when_it_flushes() {
     RUST_LOG=info,pcow_backend::server=debug exec pcow-backend "$@"
 }
 
-# Dirty pages stay in memory until somebody asks for them to be written.
-write_nothing_back() {
-    for setting in dirty_writeback_centisecs=0 dirty_expire_centisecs=360000 dirty_ratio=95 dirty_background_ratio=90; do
-        echo "${setting#*=}" >"/proc/sys/vm/${setting%=*}"
-    done
-}
-
 # mount_disk ext4|xfs
 mount_disk() {
     mkdir -p "$DISK"
