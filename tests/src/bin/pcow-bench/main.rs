@@ -99,7 +99,7 @@ fn main() {
     if arguments.ratios {
         let place = Place::new(&dir);
         faults::ratios(&place, &RATIOS);
-        warm::ratios(&place, &RATIOS);
+        warm::ratios(&place);
         return;
     }
     let places = [Place::new(TMPFS.as_ref()), Place::new(&dir)];

@@ -18,18 +18,20 @@ use crate::stats::median;
 use crate::{CLUSTER, Effort};
 
 const BYTES: usize = 1 << 30;
+/// Rounds where ratios alone are wanted: an emulated processor takes up to twice as long for one pass as for the next.
+const ROUNDS_FOR_RATIOS: usize = 9;
 /// Small enough for a processor's cache, so that the region is what is measured.
 const BLOCK: usize = 256 << 10;
 
 /// Prints a table.
 pub fn report(place: &Place, effort: &Effort) {
-    let (measured, events) = measure(place, effort);
+    let (measured, events) = measure(place, effort.rounds);
     print(place, &measured, events);
 }
 
 /// Prints the ratios alone.
-pub fn ratios(place: &Place, effort: &Effort) {
-    let (measured, _) = measure(place, effort);
+pub fn ratios(place: &Place) {
+    let (measured, _) = measure(place, ROUNDS_FOR_RATIOS);
     for (n, direct) in measured.direct.iter().enumerate() {
         for (what, seconds) in [("read", &measured.read), ("write", &measured.write)] {
             println!("warm, {what}{direct}: {:.3}", ratio(seconds, n));
@@ -43,7 +45,7 @@ fn ratio(seconds: &[Vec<f64>], n: usize) -> f64 {
 }
 
 /// What was measured, and the number of events while everything was mapped.
-fn measure(place: &Place, effort: &Effort) -> (Measured, u64) {
+fn measure(place: &Place, rounds: usize) -> (Measured, u64) {
     let scratch = Scratch::below(&place.dir);
     let image = scratch.image("image", 1 << 30, CLUSTER);
     let mut backend = Backend::start(&image, &[]);
@@ -73,9 +75,9 @@ fn measure(place: &Place, effort: &Effort) -> (Measured, u64) {
         read: Vec::new(),
         write: Vec::new(),
     };
-    for _ in 0..effort.rounds {
-        measured.read.push(bench.read());
-        measured.write.push(bench.write());
+    for round in 0..rounds {
+        measured.read.push(bench.read(round));
+        measured.write.push(bench.write(round));
     }
     drop(frontend);
     backend.terminate();
@@ -158,37 +160,42 @@ impl Bench {
     }
 
     fn warm_up(&mut self) {
-        self.write();
-        self.read();
+        self.write(0);
+        self.read(0);
     }
 
-    fn read(&mut self) -> Vec<f64> {
-        let block = self.block.as_mut_ptr();
-        let read = |memory: &*mut u8| {
+    /// The seconds that each mapping takes; another one comes first in each round.
+    fn each(&self, round: usize, mut pass: impl FnMut(*mut u8)) -> Vec<f64> {
+        let mut seconds = vec![0.0; self.memory.len()];
+        for i in (0..self.memory.len()).map(|i| (i + round) % self.memory.len()) {
             let start = Instant::now();
+            pass(self.memory[i]);
+            seconds[i] = start.elapsed().as_secs_f64();
+        }
+        seconds
+    }
+
+    fn read(&mut self, round: usize) -> Vec<f64> {
+        let block = self.block.as_mut_ptr();
+        self.each(round, |memory| {
             for at in (0..BYTES).step_by(BLOCK) {
                 let source = memory.wrapping_add(at);
                 // SAFETY: all mappings have BYTES bytes and outlive this value; nobody writes to them meanwhile, and the
                 // block is this value's own.
                 unsafe { source.copy_to_nonoverlapping(block, BLOCK) };
             }
-            start.elapsed().as_secs_f64()
-        };
-        self.memory.iter().map(read).collect()
+        })
     }
 
-    fn write(&self) -> Vec<f64> {
+    fn write(&self, round: usize) -> Vec<f64> {
         let block = self.block.as_ptr();
-        let write = |memory: &*mut u8| {
-            let start = Instant::now();
+        self.each(round, |memory| {
             for at in (0..BYTES).step_by(BLOCK) {
                 let target = memory.wrapping_add(at);
                 // SAFETY: all mappings have BYTES bytes and outlive this value; nobody refers to them, and the block is
                 // this value's own.
                 unsafe { target.copy_from_nonoverlapping(block, BLOCK) };
             }
-            start.elapsed().as_secs_f64()
-        };
-        self.memory.iter().map(write).collect()
+        })
     }
 }
