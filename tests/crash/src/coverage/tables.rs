@@ -429,7 +429,6 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ),
     ("reboot", &["open", "tag", "discard live"]),
     ("older root", &["open", "tag"]),
-    ("oldest root", &["open", "tag"]),
     ("switch images", &[]),
 ];
 

@@ -243,27 +243,14 @@ impl Run<'_> {
         self.boot += 1;
     }
 
-    /// The root of before comes back, out of a backup.
+    /// A root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
+    /// What the older root does not name must still be there.
     pub(super) fn older_root(&mut self) -> Result<bool, String> {
-        match self.slot().roots.as_slice() {
-            [.., older, _] => self.under(older.clone()),
-            _ => Ok(false),
-        }
-    }
-
-    /// The first root comes back, which is not the one of before.
-    pub(super) fn oldest_root(&mut self) -> Result<bool, String> {
-        match self.slot().roots.as_slice() {
-            [oldest, _, _, ..] => self.under(oldest.clone()),
-            _ => Ok(false),
-        }
-    }
-
-    /// Somebody opens the image under an older root; then the newest one is put back. What the older root does not name must
-    /// still be there.
-    fn under(&mut self, older: Vec<u8>) -> Result<bool, String> {
-        let newest = self.slot().roots.last().cloned();
-        let newest = newest.ok_or("an image without a root")?;
+        let mut roots = self.slot().roots.clone();
+        let (Some(newest), false) = (roots.pop(), roots.is_empty()) else {
+            return Ok(false);
+        };
+        let older = roots.swap_remove(self.random.below(roots.len()));
         if self.is_untouched()? {
             // I5: an unnamed layer that holds nothing may go.
             return Ok(false);
