@@ -243,14 +243,13 @@ impl Run<'_> {
         self.boot += 1;
     }
 
-    /// A root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
+    /// The root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
     /// What the older root does not name must still be there.
     pub(super) fn older_root(&mut self) -> Result<bool, String> {
-        let mut roots = self.slot().roots.clone();
-        let (Some(newest), false) = (roots.pop(), roots.is_empty()) else {
+        let [.., older, newest] = self.slot().roots.as_slice() else {
             return Ok(false);
         };
-        let older = roots.swap_remove(self.random.below(roots.len()));
+        let (older, newest) = (older.clone(), newest.clone());
         if self.is_untouched()? {
             // I5: an unnamed layer that holds nothing may go.
             return Ok(false);
