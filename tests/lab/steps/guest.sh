@@ -118,8 +118,10 @@ run_qemu() {
     end_silent_guest &
     status=0
     boot_machine "$@" <"$input" >/tmp/guest.log 2>&1 || status=$?
-    # QEMU does not fail without a word.
-    if [ "$status" != 0 ] && [ -s /tmp/guest.log ]; then echo "QEMU ended with $status" >>/tmp/guest.log; fi
+    # 137: it was killed, as a guest that has said nothing is.
+    if [ "$status" != 0 ] && { [ "$status" != 137 ] || [ -s /tmp/guest.log ]; }; then
+        echo "QEMU ended with $status" >>/tmp/guest.log
+    fi
     end_beside
     rm /tmp/initramfs
     sed 's/^/guest: /' /tmp/guest.log

@@ -245,7 +245,7 @@ impl<'a> Lab<'a> {
 
 /// Runs the steps, and returns what was measured. Where a lab host dies, another one goes on with the step that it was at, but
 /// not twice at one step: the emulator's SVM returns from a guest with a wrong state now and then, and the lab host's kernel dies
-/// of it. No program can bring a kernel down, so that this hides no fault of theirs. A step that fails is never repeated.
+/// of it. No program can bring a kernel down, so that this hides no fault of theirs. A step that fails stays failed.
 fn run_to_the_end(mut machine: Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
     let begin = Instant::now();
     let environment = machine.environment.clone();
