@@ -164,6 +164,13 @@ const LONGER: &[&[&str]] = &[
         "flush, store after its sync",
         "older root",
     ],
+    // A mark that stays would be about a layer which the first root does not name.
+    &[
+        "snapshot",
+        "delete below a sealed layer",
+        "store to base",
+        "oldest root",
+    ],
     // The older root's layer was last used in another boot.
     &["snapshot", "reboot", "store to base", "flush", "older root"],
 ];

@@ -429,6 +429,7 @@ pub(super) const DOES: &[(&str, &[&str])] = &[
     ),
     ("reboot", &["open", "tag", "discard live"]),
     ("older root", &["open", "tag"]),
+    ("oldest root", &["open"]),
     ("switch images", &[]),
 ];
 

@@ -50,11 +50,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "delete.mark.sync",
         "for space: without it a power cut may leave a deletion's files without their marks",
     ),
-    (
-        "delete.mark.unlink",
-        "gives a name back, unless a root is put back that is older than the layers which the mark is about; the search \
-         puts the last one back, under which files are missing then",
-    ),
     ("layer.unlink", "gives space back"),
     ("sweep.part.unlink", "gives space back"),
     (

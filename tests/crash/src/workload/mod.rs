@@ -38,8 +38,8 @@ struct Transition {
 pub struct OlderRoot {
     /// The text of the newest one.
     pub newest: Vec<u8>,
-    /// Its active layer.
-    pub active: Uuid,
+    /// The layers of the image's own that it names and the older one does not.
+    pub unnamed: Vec<Uuid>,
     /// What the image has shown after each piece of an operation.
     pub past: Vec<Contents>,
 }

@@ -78,6 +78,7 @@ pub static OPERATIONS: &[Operation] = &[
     operation("power cut", 1, |r| r.reboot(false)),
     operation("reboot", 1, |r| r.reboot(true)),
     operation("older root", 1, |r| r.older_root()),
+    operation("oldest root", 1, |r| r.oldest_root()),
     operation("switch images", 2, |r| r.switch()),
     Operation {
         in_short: false,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pcow_format::medium::sim::Sim;
 use pcow_format::medium::{Access, Site};
 use pcow_format::ops::Checksum;
+use pcow_format::root::{Kind, Root};
 use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
 use uuid::Uuid;
 
@@ -243,23 +244,38 @@ impl Run<'_> {
         self.boot += 1;
     }
 
-    /// The root of before comes back, out of a backup, and somebody opens the image; then the newest one is put back.
-    /// What the older root does not name must still be there.
+    /// The root of before comes back, out of a backup.
     pub(super) fn older_root(&mut self) -> Result<bool, String> {
-        let [.., older, newest] = self.slot().roots.as_slice() else {
-            return Ok(false);
-        };
-        let (older, newest) = (older.clone(), newest.clone());
-        if self.is_untouched()? {
+        match self.slot().roots.as_slice() {
+            [.., older, _] => self.under(older.clone()),
+            _ => Ok(false),
+        }
+    }
+
+    /// The first root comes back, which is not the one of before.
+    pub(super) fn oldest_root(&mut self) -> Result<bool, String> {
+        match self.slot().roots.as_slice() {
+            [oldest, _, _, ..] => self.under(oldest.clone()),
+            _ => Ok(false),
+        }
+    }
+
+    /// Somebody opens the image under an older root; then the newest one is put back. What the older root does not name must
+    /// still be there.
+    fn under(&mut self, older: Vec<u8>) -> Result<bool, String> {
+        let newest = self.slot().roots.last().cloned();
+        let newest = newest.ok_or("an image without a root")?;
+        let unnamed = only_in_newest(self.image().root(), &Root::decode(&older).map_err(text)?);
+        let untouched = self.is_untouched()?;
+        if untouched || !all_hold_words(self.setting, &self.sim, self.slot().name, &unnamed)? {
             // I5: an unnamed layer that holds nothing may go.
             return Ok(false);
         }
-        let active = self.image().root().active;
         self.slot_mut().image = None;
         let past = self.slot().past.clone();
         self.older = Some(Arc::new(OlderRoot {
             newest,
-            active,
+            unnamed,
             past,
         }));
         self.transition(&[], |run| {
@@ -282,8 +298,8 @@ pub fn put_newest_back(
     older: &OlderRoot,
     boot: u128,
 ) -> Result<(), String> {
-    if !holds_words(setting, sim, expected.image, older.active)? {
-        // I5: to an older root it is a layer of an operation that was cut off, and goes.
+    if !all_hold_words(setting, sim, expected.image, &older.unnamed)? {
+        // I5: to an older root one that holds nothing is a layer of an operation that was cut off, and goes.
         return put_root(sim, expected.image, &older.newest);
     }
     match setting::try_open(sim, expected.image, boot) {
@@ -321,12 +337,25 @@ pub(super) fn root_text(image: &Image) -> Result<Vec<u8>, String> {
     read().map_err(|e: std::io::Error| format!("{ROOT_FILE}: {e}"))
 }
 
-fn holds_words(setting: &Setting, sim: &Sim, image: &str, layer: Uuid) -> Result<bool, String> {
-    let read = || {
+/// The layers of the image's own that `newest` names and `older` does not.
+fn only_in_newest(newest: &Root, older: &Root) -> Vec<Uuid> {
+    let own = newest.layers.iter().filter(|l| l.kind == Kind::Own);
+    own.map(|l| l.uuid)
+        .filter(|uuid| older.layer(*uuid).is_none())
+        .collect()
+}
+
+fn all_hold_words(
+    setting: &Setting,
+    sim: &Sim,
+    image: &str,
+    layers: &[Uuid],
+) -> Result<bool, String> {
+    let holds = |layer: &Uuid| {
         let map = sim
             .top()
             .open_dir(image)?
-            .open(&map_name(layer), Access::Read)?;
+            .open(&map_name(*layer), Access::Read)?;
         let mut held = false;
         for number in &setting.words {
             let mut raw = [0; 8];
@@ -335,7 +364,13 @@ fn holds_words(setting: &Setting, sim: &Sim, image: &str, layer: Uuid) -> Result
         }
         Ok(held)
     };
-    read().map_err(|e: std::io::Error| format!("the newest layer's map: {e}"))
+    for layer in layers {
+        let held = holds(layer);
+        if !held.map_err(|e: std::io::Error| format!("the map of layer {layer}: {e}"))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Replaces the root as a careful user does, who restores that file alone.
