@@ -135,6 +135,16 @@ pub(crate) fn remove_layer_files(dir: &dyn Directory, layer: Uuid) -> Result<()>
     Ok(())
 }
 
+/// Removes the files of layers that a commit has taken out of the table. What the commit did is done, so it does not fail for
+/// files that stay: those that hold nothing go at the next opening (I5), others by `pcow-img check --repair`.
+fn remove_unused(dir: &dyn Directory, layers: &[Uuid]) {
+    for layer in layers {
+        if let Err(e) = remove_layer_files(dir, *layer) {
+            log::warn!("{e}; it takes space and is not used any more");
+        }
+    }
+}
+
 /// Takes out of the table the layers that neither the active layer nor a snapshot needs; returns the image's own ones,
 /// whose files may be removed once the root is committed.
 fn drop_unused_layers(root: &mut Root) -> Result<Vec<Uuid>> {

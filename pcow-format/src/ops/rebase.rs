@@ -36,9 +36,7 @@ impl Image {
         self.flush()?;
         let unused = super::drop_unused_layers(&mut root)?;
         self.commit(root)?;
-        for layer in unused {
-            super::remove_layer_files(self.directory(), layer)?;
-        }
+        super::remove_unused(self.directory(), &unused);
         Ok(report)
     }
 
@@ -109,9 +107,7 @@ pub fn rebase_unsafe(path: &Path, base: Option<&Base>, base_dirs: &[PathBuf]) ->
     let (mut root, report) = relink(&stored, base, &name)?;
     let unused = super::drop_unused_layers(&mut root)?;
     write_root(stored.directory(), &root)?;
-    for layer in unused {
-        super::remove_layer_files(stored.directory(), layer)?;
-    }
+    super::remove_unused(stored.directory(), &unused);
     Ok(report)
 }
 

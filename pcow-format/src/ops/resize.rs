@@ -26,7 +26,8 @@ impl Image {
             let new = resized(old.clone(), size);
             self.create_layer(&new)?;
             self.go_on_in(root, new)?;
-            return super::remove_layer_files(self.directory(), old.uuid);
+            super::remove_unused(self.directory(), &[old.uuid]);
+            return Ok(());
         }
         let new = root.empty_layer(old.uuid, size, self.cluster_size())?;
         self.create_layer(&new)?;

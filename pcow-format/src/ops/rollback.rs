@@ -46,9 +46,7 @@ impl Image {
         root.layers.push(new);
         let unused = super::drop_unused_layers(&mut root)?;
         self.commit(root)?;
-        for layer in unused {
-            super::remove_layer_files(self.directory(), layer)?;
-        }
+        super::remove_unused(self.directory(), &unused);
         Ok(RolledBack { saved_as })
     }
 }

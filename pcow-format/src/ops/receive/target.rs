@@ -203,10 +203,7 @@ impl Image {
         // I4: ends with a sync of the directory, which makes both layers' names durable.
         self.create_layer(&new)?;
         self.commit(root)?;
-        // It is done. The old layer holds nothing: the next opening removes what stays (I5).
-        if let Err(e) = ops::remove_layer_files(self.directory(), old) {
-            log::warn!("{e}");
-        }
+        ops::remove_unused(self.directory(), &[old]);
         Ok(number)
     }
 }
