@@ -7,11 +7,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
 use std::ops::ControlFlow;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
+
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::boot::Boot;
 use crate::error::{Error, Result};
@@ -122,6 +125,7 @@ impl Machine<'_> {
             self.environment
         );
         let mut command = Command::new(self.qemu);
+        end_with_this_thread(&mut command);
         command
             .current_dir(self.work)
             .args(["-machine", "q35,nvdimm=on,accel=tcg"])
@@ -193,6 +197,17 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Has the kernel kill the machine when the thread that starts it ends, which waits for it otherwise: so also if xtask is
+/// killed.
+fn end_with_this_thread(command: &mut Command) {
+    let ask = || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        Ok(())
+    };
+    // SAFETY: `ask` runs between fork and exec, where it makes one system call and nothing else: no allocation, no lock.
+    unsafe { command.pre_exec(ask) };
 }
 
 fn lines_of(output: impl Read) -> impl Iterator<Item = String> {
