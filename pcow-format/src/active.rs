@@ -224,18 +224,22 @@ impl Active {
     /// is lost would otherwise uncover the parent's bytes.
     ///
     /// # Errors
-    /// `NoSpace` or `Io`; the clusters still say zero then.
+    /// `NoSpace` or `Io`, or `FlushFailed` if the sync failed; the clusters still say zero then.
     pub fn allocate_over_zero(&self, run: ClusterRange) -> Result<()> {
         let range = self.cluster.byte_range(run);
         match self.domain {
-            Domain::PageCache => {
-                let site = Site("active.over_zero.zero");
-                let zeroed = self.data.zero(site, range);
-                zeroed.and_then(|()| self.data.sync_data(Site("active.over_zero.sync")))
-            }
+            Domain::PageCache => self.data.zero(Site("active.over_zero.zero"), range),
             Domain::Dax => self.prepare_on_dax(range),
         }
         .context(|| format!("cannot reserve space in layer {}", self.name))?;
+        if self.domain == Domain::PageCache {
+            // Not under the lock of the flushes: a fault would wait for one.
+            let synced = self.data.sync_data(Site("active.over_zero.sync"));
+            if let Err(e) = synced.context(|| "cannot sync the data file".to_owned()) {
+                self.distrust();
+                return Err(self.fail_flushes(&e));
+            }
+        }
         self.ready().set(run, true);
         self.set_words(run, State::Data)
     }
@@ -306,9 +310,17 @@ impl Active {
         let has_own =
             self.domain == Domain::Dax && self.data.has_own_storage(range.clone()).unwrap_or(false);
         if !has_own {
+            let context = || format!("cannot reserve space in layer {}", self.name);
             self.data
-                .reserve(Site("active.ensure.reserve"), range)
-                .context(|| format!("cannot reserve space in layer {}", self.name))?;
+                .reserve(Site("active.ensure.reserve"), range.clone())
+                .context(context)?;
+            if self.domain == Domain::Dax {
+                // M17: what was shared has been copied, and the copy is in the CPU's caches. Not by writing it again: a
+                // guest may store into some of it already.
+                self.data
+                    .write_back_range(Site("active.ensure.write_back"), range)
+                    .context(context)?;
+            }
         }
         self.ready().set(run, true);
         Ok(())
@@ -333,6 +345,16 @@ impl Active {
     }
 
     fn set_words(&self, run: ClusterRange, state: State) -> Result<()> {
+        let written = self.write_words(run, state);
+        if self.domain == Domain::Dax {
+            // One fence for all words: none of them is relied on before this returns (I2). After an error, too: who tries
+            // again sees data in those that were written, and relies on it.
+            self.map.fence(Site("active.word.fence"));
+        }
+        written
+    }
+
+    fn write_words(&self, run: ClusterRange, state: State) -> Result<()> {
         for (number, slots) in map::words_of(run) {
             let mut live = self.live();
             let word = self.read_word(number)?;
@@ -341,10 +363,6 @@ impl Active {
                 live.insert(number);
             }
             self.write_word(Site("active.word"), number, word)?;
-        }
-        if self.domain == Domain::Dax {
-            // One fence for all words: none of them is relied on before this returns (I2).
-            self.map.fence(Site("active.word.fence"));
         }
         Ok(())
     }

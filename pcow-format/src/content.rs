@@ -36,7 +36,7 @@ impl Image {
                 }
                 Source::Zero => {
                     // A word that is lost would uncover the parent's bytes: it becomes data durably, then is written to.
-                    self.active.allocate_over_zero(piece)?;
+                    self.allocate_over_zero(piece)?;
                     self.active.overwrite(part.start, new)?;
                 }
                 Source::Nobody | Source::Sealed => self.write_anew(piece, &part, new)?,

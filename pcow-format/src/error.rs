@@ -117,9 +117,9 @@ impl Error {
                 "go on with that one ('pcow-img receive --token'), or give it up with 'pcow-img receive --abort'",
             ),
             ErrorKind::NoSpace => Some("free space on the filesystem and try again"),
-            ErrorKind::FlushFailed => Some(
-                "check the medium and the image ('pcow-img check'), then remove the file flush-failed in the image",
-            ),
+            ErrorKind::FlushFailed => {
+                Some("make sure that the medium works, and run 'pcow-img check --repair'")
+            }
             _ => None,
         }
     }

@@ -89,6 +89,9 @@ impl Image {
             .context(|| "cannot sync the image's directory".to_owned())?;
         let stored = Stored::load(dir, env)?;
         stored.refuse_after_failed_flush()?;
+        if lock.as_ref().is_some_and(|lock| lock.in_use().is_none()) {
+            refuse_to_write_again(&stored)?;
+        }
         let (active, below, recovery) = open_stack(&stored)?;
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
@@ -203,7 +206,7 @@ impl Image {
     /// locks of all of them (F1). `buf` is scratch space.
     ///
     /// # Errors
-    /// `NoSpace` or `Io`; clusters that were not reached are as they were.
+    /// `NoSpace`, `Io` or `FlushFailed`; clusters that were not reached are as they were.
     pub fn make_writable(&self, run: ClusterRange, buf: &mut Vec<u8>) -> Result<()> {
         let sources = self.sources(run)?;
         let mut start = run.start;
@@ -212,12 +215,19 @@ impl Image {
             match group[0] {
                 Source::Active => self.active.ensure_storage(piece)?,
                 Source::Nobody => self.active.allocate(piece)?,
-                Source::Zero => self.active.allocate_over_zero(piece)?,
+                Source::Zero => self.allocate_over_zero(piece)?,
                 Source::Sealed => self.copy_up(piece, buf)?,
             }
             start = piece.end;
         }
         Ok(())
+    }
+
+    /// As [`Active::allocate_over_zero`].
+    pub(crate) fn allocate_over_zero(&self, run: ClusterRange) -> Result<()> {
+        self.active
+            .allocate_over_zero(run)
+            .inspect_err(|e| self.mark_failed_flush(e))
     }
 
     /// Makes those data clusters of `run` absent again that hold just what the disk shows without them, and gives their
@@ -343,6 +353,18 @@ impl Image {
             Written::Visible(e) => Err(self.fail_flushes(&e)),
         }
     }
+}
+
+/// After a failed flush the opening reads all that the active layer holds and writes it: a frontend of an earlier backend, which
+/// may store meanwhile, would lose stores. Most often the mark of the failure was refused before.
+fn refuse_to_write_again(stored: &Stored) -> Result<()> {
+    let active = stored.root.active_layer()?;
+    let pair = layer_files::open_own(stored.dir.as_ref(), active, Access::Read)?;
+    if !Active::is_distrusted(pair.map.as_ref())? {
+        return Ok(());
+    }
+    let what = "a flush of this image has failed, and a frontend still uses it; end that first";
+    Err(Error::new(ErrorKind::FlushFailed, what))
 }
 
 fn open_stack(stored: &Stored) -> Result<(Active, Chain, Recovery)> {

@@ -274,6 +274,16 @@ impl Tag {
         }
     }
 
+    /// The tag that a failed flush leaves: it names no boot.
+    pub fn of_failed_flush(identity: Identity) -> Self {
+        Self::new(Uuid::nil(), identity)
+    }
+
+    /// Whether a failed flush has left it.
+    pub fn is_of_failed_flush(&self) -> bool {
+        self.boot.is_nil()
+    }
+
     /// The bytes at [`TAG_OFFSET`].
     pub fn encode(&self) -> [u8; TAG_BYTES] {
         let mut raw = [0; TAG_BYTES];

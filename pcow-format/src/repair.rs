@@ -25,21 +25,29 @@ pub enum Unflushed {
 /// returns how many there were.
 ///
 /// # Errors
-/// `Locked`; `Corrupt` or `Io` if the active layer cannot be read or written. Until the end an opening decides as before.
+/// `Locked`; `FlushFailed` if clusters are to be trusted after a flush has failed; `Corrupt` or `Io` if the active layer cannot be
+/// read or written. Until the end an opening decides as before.
 pub fn settle_unflushed(stored: &Stored, what: Unflushed) -> Result<u64> {
     let _lock = ImageLock::exclusive(stored.directory())?;
     let stored = stored.again()?;
     let pair = open_active(&stored)?;
+    if what == Unflushed::Trust {
+        refuse_to_trust_after_failed_flush(&stored, &pair)?;
+    }
     let of_this_boot = Active::is_tagged(pair.map.as_ref(), stored.environment().boot)?;
     if of_this_boot == (what == Unflushed::Trust) {
         // Clusters of this boot are data already; those of another one are discarded by the next opening.
         return Ok(0);
     }
     let context = || "cannot settle the clusters that were not flushed".to_owned();
+    let layer = stored.root().active.to_string();
+    // I7: a sync after one that failed succeeds without what that did not write.
+    let distrust = || Active::distrust_map(pair.map.as_ref(), &layer);
     if what == Unflushed::Trust {
         // I1: the words become data for good.
         let site = Site("repair.trust.data_sync");
-        pair.data.sync_data(site).context(context)?;
+        let synced = pair.data.sync_data(site);
+        synced.inspect_err(|_| distrust()).context(context)?;
     }
     let mut count = 0;
     scan_words(pair.map.as_ref(), &mut |number, word| {
@@ -58,8 +66,18 @@ pub fn settle_unflushed(stored: &Stored, what: Unflushed) -> Result<u64> {
     })
     .context(context)?;
     let site = Site("repair.live.sync");
-    pair.map.sync_data(site).context(context)?;
+    let synced = pair.map.sync_data(site);
+    synced.inspect_err(|_| distrust()).context(context)?;
     Ok(count)
+}
+
+/// Of what a failed flush did not write nobody knows what the medium holds (M14).
+fn refuse_to_trust_after_failed_flush(stored: &Stored, pair: &Pair) -> Result<()> {
+    if flush_has_failed(stored)? || Active::is_distrusted(pair.map.as_ref())? {
+        let what = "a flush of this image has failed, so clusters that it did not flush cannot be taken for data";
+        return Err(Error::new(ErrorKind::FlushFailed, what));
+    }
+    Ok(())
 }
 
 /// Mends what can be, and says what that was.

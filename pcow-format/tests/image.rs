@@ -5,11 +5,12 @@
 use std::path::{Path, PathBuf};
 
 use pcow_format::check::check;
-use pcow_format::medium::Domain;
+use pcow_format::map::{TAG_OFFSET, Tag};
+use pcow_format::medium::{Domain, Identity};
 use pcow_format::ops::{Base, NewImage, create, rebase_unsafe};
 use pcow_format::{
     Cluster, ClusterSize, ErrorKind, FLUSH_FAILED_FILE, Image, Source, Stored, VirtualSize,
-    data_name, holder,
+    data_name, holder, map_name,
 };
 
 const MIB: u64 = 1 << 20;
@@ -505,8 +506,40 @@ fn an_image_with_the_mark_of_a_failed_flush_stays_closed_until_somebody_has_chec
     std::fs::write(path.join(FLUSH_FAILED_FILE), "").unwrap();
     let error = Image::open(&path, &[]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FlushFailed, "{error}");
-    assert!(error.advice().unwrap().contains(FLUSH_FAILED_FILE));
+    assert!(error.advice().unwrap().contains("--repair"));
     assert_clean(&path);
     std::fs::remove_file(path.join(FLUSH_FAILED_FILE)).unwrap();
     open(&path);
+}
+
+/// The kernel takes what a failed sync did not write for written. What is found afterwards is written again, what was live is
+/// given up, and then all is as it was.
+#[test]
+fn after_a_failed_flush_the_next_opening_keeps_what_was_flushed_before_and_gives_up_the_rest() {
+    let s = Scratch::new();
+    let path = s.create("a", 4);
+    let image = open(&path);
+    store(&image, 0, 1);
+    store(&image, 1 << 20, 2);
+    image.flush().unwrap();
+    store(&image, 2 << 20, 3);
+    let map = path.join(map_name(image.root().active));
+    drop(image);
+    let identity = Identity {
+        device: 0,
+        inode: 0,
+        birth_ns: 0,
+    };
+    let tag = Tag::of_failed_flush(identity).encode();
+    let map = std::fs::File::options().write(true).open(map).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&map, &tag, TAG_OFFSET).unwrap();
+    for discarded in [1, 0] {
+        let image = open(&path);
+        assert_eq!(image.recovery().discarded_clusters, discarded);
+        let shown = [0, 1 << 20, 2 << 20].map(|at| load(&image, at));
+        assert_eq!(shown, [1, 2, 0]);
+    }
+    // An opening gives no storage back (I3).
+    let report = check(&Stored::open(&path, &[]).unwrap()).unwrap();
+    assert_eq!(report.corruptions, Vec::<String>::new());
 }

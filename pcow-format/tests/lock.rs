@@ -4,13 +4,16 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pcow_format::map::{TAG_OFFSET, Tag};
+use pcow_format::medium::Identity;
 use pcow_format::ops::{NewImage, create};
 use pcow_format::{
     ClusterSize, ErrorKind, HandedBack, Holder, Image, ImageLock, Purpose, Stored, VirtualSize,
-    holder,
+    holder, map_name,
 };
 
 fn image(dir: &Path, name: &str) -> PathBuf {
@@ -204,4 +207,27 @@ fn the_text_tells_a_backend_from_a_command() {
     drop(served);
     let _changed = Image::open(&path, &[]).unwrap();
     assert_eq!(purpose(), Purpose::Change);
+}
+
+/// What a failed flush leaves makes the next opening write all that it reads: a frontend that goes on would lose stores.
+#[test]
+fn an_image_that_a_frontend_keeps_is_not_written_again_after_a_failed_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(dir.path(), "a");
+    let first = serve(&path);
+    let map = path.join(map_name(first.root().active));
+    let frontend = kept(&first);
+    drop(first);
+    let identity = Identity {
+        device: 0,
+        inode: 0,
+        birth_ns: 0,
+    };
+    let tag = Tag::of_failed_flush(identity).encode();
+    let map = File::options().write(true).open(map).unwrap();
+    map.write_all_at(&tag, TAG_OFFSET).unwrap();
+    let refused = Image::open_to_serve(&path, &[]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FlushFailed, "{refused}");
+    drop(frontend);
+    serve(&path);
 }

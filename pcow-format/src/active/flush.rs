@@ -4,12 +4,10 @@
 
 use std::sync::PoisonError;
 
-use uuid::Uuid;
-
 use super::Active;
 use crate::error::{Error, ErrorKind, IoContext, Result, chain_text};
 use crate::map::{TAG_OFFSET, Tag, Word};
-use crate::medium::{Domain, Site};
+use crate::medium::{Domain, File, Site};
 use crate::mutant::{self, Mutant};
 
 impl Active {
@@ -22,21 +20,23 @@ impl Active {
     }
 
     /// M14: pages that a failed sync did not write count as written. They can be dropped at any time, and then show what the
-    /// medium holds: nothing yet, under a live cluster that was copied from below. So the next opening must not take live
-    /// clusters for data, although the boot is the same: the tag names no boot from now on.
-    fn distrust_live(&self) {
-        if self.domain == Domain::Dax {
-            return;
-        }
-        let distrusted = self.map.status().and_then(|status| {
-            let tag = Tag::new(Uuid::nil(), status.identity);
+    /// medium holds: nothing yet, under a live cluster that was copied from below. Until then they show what no later sync
+    /// writes. So the next opening must neither take live clusters for data, although the boot is the same, nor rest a promise
+    /// on what it sees: the tag names no boot from now on (see [`Active::settle_tag`]).
+    pub(super) fn distrust(&self) {
+        Self::distrust_map(self.map.as_ref(), &self.name);
+    }
+
+    /// As [`Active::distrust`], of the layer `name`, which is not open for writing.
+    pub(crate) fn distrust_map(map: &dyn File, name: &str) {
+        let distrusted = map.status().and_then(|status| {
+            let tag = Tag::of_failed_flush(status.identity);
             let site = Site("active.flush.distrust");
-            self.map.write_at(site, &tag.encode(), TAG_OFFSET)
+            map.write_at(site, &tag.encode(), TAG_OFFSET)
         });
         if let Err(e) = distrusted {
             log::error!(
-                "layer {}: what was not flushed cannot be given up ({e}): run 'pcow-img check --discard-live' before the image is used again",
-                self.name
+                "layer {name}: what was not flushed cannot be given up ({e}): run 'pcow-img check --discard-live' before the image is used again"
             );
         }
     }
@@ -72,7 +72,7 @@ impl Active {
         let noted = self.note_live()?;
         self.data
             .sync_data(Site("active.flush.data"))
-            .inspect_err(|_| self.distrust_live())
+            .inspect_err(|_| self.distrust())
             .context(|| "cannot sync the data file".to_owned())?;
         if self.domain == Domain::Dax && noted.is_empty() {
             return Ok(());
@@ -80,6 +80,7 @@ impl Active {
         self.settle_live(&noted)?;
         self.map
             .sync_data(Site("active.flush.map"))
+            .inspect_err(|_| self.distrust())
             .context(|| "cannot sync the map file".to_owned())
     }
 

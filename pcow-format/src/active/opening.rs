@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Opening the active layer: what an earlier boot left live goes, and what a predecessor left on its way is made durable.
 
+use std::ops::Range;
+
 use uuid::Uuid;
 
 use super::{Active, scan_words};
 use crate::error::{IoContext, Result};
-use crate::map::{self, TAG_BYTES, TAG_OFFSET, Tag};
+use crate::map::{self, CLUSTERS_PER_WORD, TAG_BYTES, TAG_OFFSET, Tag};
 use crate::medium::{Domain, File, Site, read_exact_at};
+use crate::units::{self, Cluster};
 
 /// What opening the layer found out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -33,11 +36,13 @@ impl Active {
         if !noted.is_empty() {
             self.data
                 .sync_data(Site("active.open.data_sync"))
+                .inspect_err(|_| self.distrust())
                 .context(|| format!("cannot sync the data of layer {}", self.name))?;
             self.settle_live(&noted)?;
         }
         self.map
             .sync_data(Site("active.open.map_sync"))
+            .inspect_err(|_| self.distrust())
             .context(|| format!("cannot sync the map of layer {}", self.name))
     }
 
@@ -50,8 +55,16 @@ impl Active {
         Ok(Tag::decode(&raw) == Some(present))
     }
 
+    /// Whether a flush has failed since the image was opened last, so that live words of `map` are not to be believed.
+    pub(crate) fn is_distrusted(map: &dyn File) -> Result<bool> {
+        let mut raw = [0; TAG_BYTES];
+        read_exact_at(map, &mut raw, TAG_OFFSET).context(|| "cannot read a boot tag".to_owned())?;
+        Ok(Tag::decode(&raw).is_some_and(|tag| tag.is_of_failed_flush()))
+    }
+
     /// Live words of this boot stay; those of another one are discarded *before* the new tag is written, or they
-    /// would look like this boot's if this process died in between.
+    /// would look like this boot's if this process died in between. After a failed flush everything else is written again
+    /// before, too: the new tag ends the distrust.
     pub(super) fn settle_tag(&self, boot: Uuid) -> Result<Recovery> {
         let context = || format!("cannot read the boot tag of layer {}", self.name);
         let present = Tag::new(boot, self.map.status().context(context)?.identity);
@@ -74,6 +87,9 @@ impl Active {
         } else {
             self.discard_live()?
         };
+        if Self::is_distrusted(self.map.as_ref())? {
+            self.write_again()?;
+        }
         let context = || format!("cannot write the boot tag of layer {}", self.name);
         let site = Site("active.open.tag");
         self.map
@@ -83,8 +99,40 @@ impl Active {
         // tag at all would claim that there are none.
         self.map
             .sync_data(Site("active.open.tag_sync"))
+            .inspect_err(|_| self.distrust())
             .context(context)?;
         Ok(recovery)
+    }
+
+    /// M14: what a failed sync did not write counts as written, so a later one succeeds without it. All that is seen now is
+    /// made to be written: from then on a sync means it again. Nobody else may store meanwhile: what is read is written back.
+    fn write_again(&self) -> Result<()> {
+        log::warn!(
+            "layer {}: a flush has failed, so all that it holds is written again; what was not flushed then may be lost",
+            self.name
+        );
+        let context = || format!("cannot write again what layer {} holds", self.name);
+        let mut buf = vec![0; units::len(self.cluster.bytes())];
+        scan_words(self.map.as_ref(), &mut |number, word| {
+            let first = number * CLUSTERS_PER_WORD;
+            let data = (0..CLUSTERS_PER_WORD).filter(|slot| word.get(*slot).is_data());
+            data.map(|slot| Cluster(first + slot).only())
+                .try_for_each(|run| {
+                    let range = self.cluster.byte_range(run);
+                    let site = Site("active.again.data");
+                    write_range_again(self.data.as_ref(), site, range, &mut buf)
+                })
+        })
+        .context(context)?;
+        // Words that became zero, too. Nothing is synced: what was written again is to be written, which the next flush does.
+        let end = self.map.status().context(context)?.len;
+        write_range_again(
+            self.map.as_ref(),
+            Site("active.again.map"),
+            0..end,
+            &mut buf,
+        )
+        .context(context)
     }
 
     fn collect_live(&self) -> Result<()> {
@@ -119,4 +167,26 @@ impl Active {
             left_dax: false,
         })
     }
+}
+
+/// Writes what `range` of `file` shows into it. Not its holes: they are holes on the medium, too.
+fn write_range_again(
+    file: &dyn File,
+    site: Site,
+    range: Range<u64>,
+    buf: &mut [u8],
+) -> std::io::Result<()> {
+    let mut at = range.start;
+    while at < range.end
+        && let Some(data) = file.next_data(at)?
+        && data.start < range.end
+    {
+        at = data.start.max(at);
+        let end = data.end.min(range.end).min(at + units::bytes(buf.len()));
+        let piece = &mut buf[..units::len(end - at)];
+        read_exact_at(file, piece, at)?;
+        file.write_at(site, piece, at)?;
+        at = end;
+    }
+    Ok(())
 }

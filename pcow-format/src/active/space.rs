@@ -58,6 +58,7 @@ impl Active {
                 // I3: the words are durable before the bytes that they spoke of go. On DAX they are since their fence.
                 self.map
                     .sync_data(Site("active.give_back_clean.sync"))
+                    .inspect_err(|_| self.distrust())
                     .context(|| "cannot sync the map file".to_owned())?;
             }
             Ok(())
@@ -129,7 +130,8 @@ impl Active {
             .context(|| format!("cannot write the data of layer {}", self.name))
     }
 
-    /// Makes `run`, absent here and reading zero, data that holds `range` of `source`, and zeros around it.
+    /// Makes `run`, absent here and reading zero, data that holds `range` of `source`, and zeros around it. Only for an image
+    /// that has no name before it is flushed: on DAX the words are durable before their bytes (I1).
     ///
     /// # Errors
     /// `NoSpace` or `Io`; the words are unchanged then.
@@ -153,12 +155,6 @@ impl Active {
         self.data
             .copy_from(Site("active.import.copy"), source, range)
             .context(context)?;
-        if self.domain == Domain::Dax {
-            // I1: the words that follow are durable at once.
-            self.data
-                .sync_data(Site("active.import.sync"))
-                .context(context)?;
-        }
         self.mark_data(run)
     }
 }

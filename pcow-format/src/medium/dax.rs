@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -85,6 +86,39 @@ impl Drop for SyncMapping {
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
     }
 }
+
+/// Writes back what the CPU's caches hold of `range` of `file`, which is whole pages, and waits for it. Stores nothing: others may
+/// store there meanwhile.
+pub(crate) fn write_back_range(file: &File, range: Range<u64>) -> io::Result<()> {
+    let length = len(range.end - range.start);
+    let offset = i64::try_from(range.start).map_err(io::Error::other)?;
+    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open; nothing reads from it.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    for line in (0..length).step_by(LINE_BYTES) {
+        if let Some(address) = NonNull::new(base.cast::<u8>().wrapping_add(line)) {
+            cache::write_back(address);
+        }
+    }
+    fence();
+    // SAFETY: exactly the range that was mapped above; no pointer into it is left.
+    unsafe { libc::munmap(base, length) };
+    Ok(())
+}
+
+/// Bytes that one write-back covers on every processor with DAX, at least.
+const LINE_BYTES: usize = 64;
 
 /// Whether `file` grants synchronous mappings: the kernel says so by making one. For reading, since that is all that an
 /// image served read-only may do.

@@ -369,6 +369,11 @@ impl File for FaultyFile {
         self.inner.write_back(site, offset)
     }
 
+    fn write_back_range(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        self.faults.check("write back a range", Some(site))?;
+        self.inner.write_back_range(site, range)
+    }
+
     fn fence(&self, site: Site) {
         // It cannot fail.
         self.faults.lock().calls.push(Call {

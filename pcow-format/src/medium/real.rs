@@ -482,6 +482,10 @@ impl File for RealFile {
         self.words()?.write_back(offset)
     }
 
+    fn write_back_range(&self, _: Site, range: Range<u64>) -> io::Result<()> {
+        dax::write_back_range(&self.file, range)
+    }
+
     fn fence(&self, _: Site) {
         dax::fence();
     }

@@ -2,6 +2,7 @@
 //! Creation of an image, empty or on a base. It is built in a `.part` directory and renamed, so that an image of that
 //! name is complete or absent (I6).
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -323,6 +324,7 @@ impl BaseLayers {
         let context = || format!("cannot open the raw base {}", path.display());
         let file = RealFile::open_raw(path)
             .map_err(|e| Error::new(ErrorKind::BaseMissing, context()).caused_by(e))?;
+        make_durable(path).context(context)?;
         let bytes = file.status().context(context)?.len;
         let size = VirtualSize::new(bytes.next_multiple_of(SIZE_STEP_BYTES))?;
         let layer = Layer {
@@ -358,10 +360,14 @@ impl BaseLayers {
         let dir = env.bases.open_named(path)?;
         let stored = Stored::load(Arc::clone(&dir), base_env.clone())?;
         let (layers, sealed_as) = match snapshot {
-            Some(name) => (
-                rows(stored.root(), stored.root().snapshot(name)?.layer)?,
-                None,
-            ),
+            Some(name) => {
+                let top = stored.root().snapshot(name)?.layer;
+                // I4: whoever committed this root may have died before it was durable. If a power cut took it back, the
+                // snapshot's layer would be the active one again, and change under the new image.
+                dir.sync(Site("base.dir.sync"))
+                    .context(|| "cannot sync the base's directory".to_owned())?;
+                (rows(stored.root(), top)?, None)
+            }
             None => present_state(dir.clone(), stored, base_env.clone(), for_image)?,
         };
         // Errors of a broken base belong here, not to the first boot of the clone.
@@ -454,6 +460,17 @@ fn present_state(
     let sealed = image.root().active;
     image.snapshot(Some(&name))?;
     Ok((rows(image.root(), sealed)?, Some(name)))
+}
+
+/// I4: a raw base may have been written just now, and a power cut take that, or its time of change, or its name.
+fn make_durable(raw: &Path) -> std::io::Result<()> {
+    File::open(raw)?.sync_all()?;
+    match raw.parent().map(File::open) {
+        // Who may not read the directory did not put the file there just now.
+        Some(Err(e)) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        Some(parent) => parent?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 fn rows(root: &Root, top: Uuid) -> Result<Vec<Layer>> {

@@ -18,7 +18,9 @@ use crate::random::{Random, newest};
 use crate::search::Recovered;
 use crate::setting::Setting;
 use crate::violation::{Broken, Trace, Violation};
-use crate::workload::{Expected, Operation, Point, Run, put_newest_back};
+use crate::workload::{
+    Expected, Operation, Point, Run, clone_of_closed, put_newest_back, receive_again,
+};
 
 /// How far to go at one act.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +33,7 @@ pub struct Limits {
     pub samples: usize,
     /// The same for crashes within a recovery.
     pub nested: usize,
-    /// In how many ways the image is used after a death, up to four.
+    /// In how many ways the image is used after a death, up to six.
     pub uses: usize,
     /// One in so many states is used and crashed again; 1 for each.
     pub depth: usize,
@@ -251,10 +253,18 @@ impl<'a> Explorer<'a> {
 
     /// The process dies; the next one uses and flushes the image; then the power is cut.
     fn kill(&mut self, moment: &Moment, expected: &Expected, boot: u128) -> Result<(), Broken> {
-        let uses = [Use::Data, Use::Nobodys, Use::All, Use::Tree];
+        let uses = [
+            Use::Data,
+            Use::Nobodys,
+            Use::All,
+            Use::Tree,
+            Use::Clone,
+            Use::Again,
+        ];
         let first = self.random.below(uses.len());
         for which in uses.iter().cycle().skip(first).take(self.limits.uses) {
             let sim = moment.process_death();
+            let nobody_knows = expected.possible.iter().any(|m| m.unknown);
             if is_marked(&sim, expected.image) {
                 // Any page may go, and for a single one to go is the hardest to notice.
                 let few = 1 + self.random.below(4);
@@ -262,18 +272,44 @@ impl<'a> Explorer<'a> {
             }
             self.restore(&sim, expected, boot)
                 .map_err(Broken::after("killed"))?;
-            let mut survivor = judge(self.setting, &sim, boot, expected, End::Killed)
-                .map_err(Broken::after("killed"))?;
-            self.count(survivor.digest);
-            if survivor.marked {
-                return Ok(());
+            let later = match which {
+                Use::Clone => clone_of_closed(self.setting, &sim, expected, boot),
+                Use::Again => receive_again(&sim, expected, boot),
+                _ if nobody_knows => self.look_only(&sim, expected, boot),
+                _ => self.use_opened(&sim, expected, boot, *which).map(Some),
+            };
+            if let Some(later) = later.map_err(Broken::after("killed and used"))? {
+                self.cut_later(&sim, &later, boot)
+                    .map_err(|b| b.preceded_by(format!("killed and used ({which:?})")))?;
             }
-            use_and_flush(self.setting, &mut survivor, *which)
-                .map_err(Broken::after("killed and used"))?;
-            self.cut_later(&sim, &survivor.expected(), boot)
-                .map_err(|b| b.preceded_by("killed, used and flushed".to_owned()))?;
         }
         Ok(())
+    }
+
+    /// Opens the images. Nothing can be promised for them.
+    fn look_only(
+        &mut self,
+        sim: &Sim,
+        expected: &Expected,
+        boot: u128,
+    ) -> Result<Option<Expected>, String> {
+        let survivor = judge(self.setting, sim, boot, expected, End::Killed)?;
+        self.count(survivor.digest);
+        Ok(None)
+    }
+
+    /// Opens the images, uses and flushes the one; returns what must be there then.
+    fn use_opened(
+        &mut self,
+        sim: &Sim,
+        expected: &Expected,
+        boot: u128,
+        which: Use,
+    ) -> Result<Expected, String> {
+        let mut survivor = judge(self.setting, sim, boot, expected, End::Killed)?;
+        self.count(survivor.digest);
+        use_and_flush(self.setting, &mut survivor, which)?;
+        Ok(survivor.expected())
     }
 
     /// Puts the newest root back where an older one may be in place.

@@ -124,7 +124,7 @@ fn limits(scene: &str, long: bool) -> &'static [Limits] {
         "page-cache" | "dax" if long => &[CLOSE, WIDE, FAST],
         "page-cache" | "dax" => &[CLOSE, FAST, BRIEF],
         "page-cache-wide" | "dax-wide" => &[CLOSE],
-        _ if long => &[CLOSE, FAST],
+        _ if long => &[CLOSE, FAST, BRIEF],
         _ => &[CLOSE, BRIEF],
     }
 }

@@ -208,6 +208,19 @@ pub struct Snapshot {
     pub digest: u64,
 }
 
+/// A reception.
+#[derive(Debug, Clone)]
+pub struct Receiving {
+    /// The image that it is to lead to.
+    pub name: String,
+    /// What that will show.
+    pub contents: Contents,
+    /// The whole stream.
+    pub stream: Arc<Vec<u8>>,
+    /// What must be there when it has come in.
+    pub after: Arc<Model>,
+}
+
 /// The image under test, and what was cloned from it.
 #[derive(Debug, Clone)]
 pub struct Model {
@@ -219,11 +232,14 @@ pub struct Model {
     pub clones: Vec<(String, Contents)>,
     /// A flush has failed: nobody may open the image for writing (I7).
     pub failed: bool,
-    /// What is being received, and into what: as much of it as is said to be there must be.
-    pub receiving: Option<(String, Contents)>,
+    /// What is being received: as much of it as is said to be there must be.
+    pub receiving: Option<Receiving>,
     /// The death of a process may leave of the disk what a power cut may: somebody has given up, or is about to, what was
     /// not flushed.
     pub doubtful: bool,
+    /// A sync has failed, and nobody who comes now knows of it: there is no mark yet. What is flushed then misses what that
+    /// sync did not write.
+    pub unknown: bool,
     next_snapshot: u64,
 }
 
@@ -237,6 +253,7 @@ impl Model {
             failed: false,
             receiving: None,
             doubtful: false,
+            unknown: false,
             next_snapshot: 1,
         }
     }
@@ -250,10 +267,11 @@ impl Model {
         for (name, contents) in &self.clones {
             (name, contents.digest()).hash(digest);
         }
-        if let Some((name, contents)) = &self.receiving {
-            (name, contents.digest()).hash(digest);
+        if let Some(receiving) = &self.receiving {
+            (&receiving.name, receiving.contents.digest()).hash(digest);
         }
-        (self.receiving.is_some(), self.failed, self.doubtful).hash(digest);
+        (self.receiving.is_some(), self.failed).hash(digest);
+        (self.doubtful, self.unknown).hash(digest);
     }
 
     /// A snapshot of what the disk shows; all of it is durable with it.
@@ -301,15 +319,26 @@ impl Model {
             failed: false,
             receiving: self.receiving.clone(),
             doubtful: false,
+            unknown: false,
             next_snapshot: self.next_snapshot,
         }
     }
 
-    /// A flush has failed (M14).
+    /// A sync has failed (M14).
+    #[must_use]
+    pub fn with_failed_sync(&self) -> Self {
+        Self {
+            unknown: true,
+            ..self.in_doubt()
+        }
+    }
+
+    /// The same, and it was marked.
     #[must_use]
     pub fn with_failed_flush(&self) -> Self {
         Self {
             failed: true,
+            unknown: false,
             ..self.in_doubt()
         }
     }

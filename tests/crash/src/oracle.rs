@@ -35,9 +35,6 @@ pub struct Survivor {
     pub model: Model,
     /// The other image, and what it must show from now on.
     pub other: Option<(&'static str, Model)>,
-    /// A flush had failed, and somebody has removed the mark of it, or there was none yet. Within the same boot nothing can
-    /// be promised for what was not written since (M14).
-    pub marked: bool,
     /// What opening did, if that was to be recorded.
     pub recovery: Vec<Moment>,
     /// Whether everything that was found so far, other than the bytes of the disk, was found without any byte of the
@@ -78,7 +75,6 @@ struct Case<'a> {
 /// An image that was opened, and what was found in it.
 struct Opened<'m> {
     image: Image,
-    marked: bool,
     found: Contents,
     /// Those of the possible models that agree with all but the disk, and the first that agrees with that, too.
     agreeing: Vec<usize>,
@@ -132,7 +128,6 @@ pub fn judge(
         other,
         recovery,
         digest: digest.finish(),
-        marked: opened.marked || opened.model.doubtful,
         agreeing: opened.agreeing.iter().map(with_digest).collect(),
         untouched: opened.untouched,
         shape,
@@ -190,7 +185,6 @@ impl Case<'_> {
         let model = self.find_model(possible, &agreeing, &found)?;
         Ok(Opened {
             image,
-            marked,
             found,
             agreeing,
             model,
@@ -255,8 +249,8 @@ impl Case<'_> {
         for (name, expected) in &model.clones {
             self.check_other(name, expected)?;
         }
-        if let Some((name, expected)) = &model.receiving {
-            self.check_partial(name, expected)?;
+        if let Some(receiving) = &model.receiving {
+            self.check_partial(&receiving.name, &receiving.contents)?;
         }
         Ok(())
     }
@@ -472,6 +466,10 @@ pub enum Use {
     All,
     /// Operations on the layer tree, one of which may be the one that was cut off.
     Tree,
+    /// A clone of its newest snapshot, before anybody opens it.
+    Clone,
+    /// A stream whose reception was cut off is received, before anybody opens it.
+    Again,
 }
 
 /// Uses a survivor, and flushes what was stored in the way of the domain.
@@ -509,7 +507,7 @@ fn store_to_all(
         let used = match which {
             Use::Data => source == Source::Active,
             Use::Nobodys => matches!(source, Source::Active | Source::Nobody),
-            Use::All | Use::Tree => *role != Role::Late,
+            _ => *role != Role::Late,
         };
         if !used {
             continue;

@@ -17,7 +17,7 @@ pub const CLOSE: Limits = Limits {
     exhaustive: 32,
     samples: 12,
     nested: 3,
-    uses: 4,
+    uses: 6,
     depth: 1,
     contents: 16,
 };
@@ -170,6 +170,20 @@ const LONGER: &[&[&str]] = &[
         "delete below a sealed layer",
         "store to base",
         "oldest root",
+    ],
+    // Names that were removed come back.
+    &["snapshot", "resize", "power cut"],
+    &["snapshot", "resize", "resize", "power cut"],
+    // Clusters whose storage another process has given, and clusters that it gave up.
+    &[
+        "store to absent",
+        "kill",
+        "delete below a sealed layer, sharing",
+    ],
+    &[
+        "store to absent",
+        "give up",
+        "delete below a sealed layer, sharing",
     ],
     // The older root's layer was last used in another boot.
     &["snapshot", "reboot", "store to base", "flush", "older root"],

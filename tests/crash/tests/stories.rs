@@ -4,6 +4,7 @@
 
 use pcow_format::medium::sim::{Moment, Sim};
 use pcow_format::medium::{Domain, Site};
+use pcow_format::repair::{Unflushed, settle_unflushed};
 use pcow_format::{Cluster, ErrorKind, FLUSH_FAILED_FILE, Image, data_name};
 
 use pcow_crash::model::{CLUSTER_BYTES, SMALL};
@@ -190,6 +191,30 @@ fn what_a_failed_flush_lost_does_not_hide_the_base() {
     dir.unlink(Site("user.unlink"), FLUSH_FAILED_FILE).unwrap();
     let image = setting::open(&sim, IMAGE, boot).unwrap();
     assert_eq!(load(&image, BASE * CLUSTER_BYTES + 4096), base);
+}
+
+/// After a failed flush and an orderly reboot somebody had the live clusters taken for data: what the flush had not written was
+/// not on the medium, and zeros hid the base for good. They are not trusted any more once a flush has failed, whether or not
+/// the mark of it is still there.
+#[test]
+fn clusters_that_a_failed_flush_left_are_not_taken_for_data() {
+    let (sim, image, boot) = start(Domain::PageCache);
+    image
+        .make_writable(Cluster(BASE).only(), &mut Vec::new())
+        .unwrap();
+    sim.fail(Site("active.flush.data"), libc::EIO);
+    assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::FlushFailed);
+    drop(image);
+    let trust = || {
+        let stored = setting::stored(&sim, IMAGE, boot + 1).unwrap();
+        settle_unflushed(&stored, Unflushed::Trust)
+            .unwrap_err()
+            .kind()
+    };
+    assert_eq!(trust(), ErrorKind::FlushFailed);
+    let dir = sim.top().open_dir(IMAGE).unwrap();
+    dir.unlink(Site("user.unlink"), FLUSH_FAILED_FILE).unwrap();
+    assert_eq!(trust(), ErrorKind::FlushFailed);
 }
 
 /// The sync of the parent failed, and with it the creation; the image was there all the same, complete, under a name that a

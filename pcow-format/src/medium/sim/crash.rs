@@ -83,6 +83,7 @@ pub fn replay(start: &Moment, moments: &[Moment]) -> Option<Vec<Moment>> {
         touched: None,
         hooks: Vec::new(),
         failing: Vec::new(),
+        shares: false,
     };
     let mut one = |m: &Moment| {
         (m.step)(&mut inner).ok()?;

@@ -186,14 +186,28 @@ impl File for SimFile {
         })
     }
 
+    fn write_back_range(&self, site: Site, range: Range<u64>) -> io::Result<()> {
+        self.change(site, move |file| file.settle_range(range.clone()))
+    }
+
     fn fence(&self, site: Site) {
         // A fence has no error to report, and `act` fails only if the closure does.
         let inode = self.inode;
         let _ = self.act(site, move |inner| inner.fence(inode));
     }
 
-    fn share_storage(&self, _: Site, _: &dyn File) -> io::Result<bool> {
-        Ok(false)
+    fn share_storage(&self, site: Site, source: &dyn File) -> io::Result<bool> {
+        if !self.sim.lock().shares {
+            return Ok(false);
+        }
+        let (from, to) = (source.status()?.identity.inode, self.inode);
+        self.act(site, move |inner| {
+            // Filesystems write the source back first; what they share of it is durable with the next sync of this file.
+            inner.state.file_mut(from).settle();
+            let shared = inner.state.file(from).clone();
+            inner.state.file_mut(to).take_over(&shared);
+        })?;
+        Ok(true)
     }
 
     /// The simulation has one process, whose writers are closed by whoever asks.

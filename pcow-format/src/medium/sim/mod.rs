@@ -74,6 +74,8 @@ struct Inner {
     hooks: Vec<Hook>,
     /// Calls that are to fail, and how.
     failing: Vec<(Site, i32)>,
+    /// Whether files can share storage.
+    shares: bool,
 }
 
 /// What another thread does beside the next act at a site.
@@ -127,6 +129,7 @@ impl Sim {
             touched: None,
             hooks: Vec::new(),
             failing: Vec::new(),
+            shares: false,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -165,6 +168,11 @@ impl Sim {
     /// what it did not write for written (M14).
     pub fn fail(&self, site: Site, code: i32) {
         self.lock().failing.push((site, code));
+    }
+
+    /// From now on files can share storage, or cannot; at first they cannot.
+    pub fn set_sharing(&self, shares: bool) {
+        self.lock().shares = shares;
     }
 
     /// Forgets hooks and failures that were not reached; returns how many those were.

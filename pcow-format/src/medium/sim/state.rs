@@ -71,7 +71,7 @@ pub(super) struct Versions<T> {
     later: Vec<T>,
     /// How often it was settled: tells whether a version number is still the same version.
     pub(super) epoch: u64,
-    /// Its write-back has failed, and it counts as written until it is changed again.
+    /// Its write-back has failed, and it counts as written until it is written to again.
     clean: bool,
 }
 
@@ -90,9 +90,10 @@ impl<T: Clone + PartialEq> Versions<T> {
     }
 
     pub(super) fn set(&mut self, value: T) {
+        // Writing what is there already counts, too.
+        self.clean = false;
         if *self.now() != value {
             self.later.push(value);
-            self.clean = false;
         }
     }
 
@@ -218,6 +219,15 @@ impl FileNode {
         }
     }
 
+    /// Shows what `other` does from now on.
+    pub(super) fn take_over(&mut self, other: &Self) {
+        self.clear(0..*self.len.now());
+        for (page, versions) in &other.pages {
+            self.page(*page).set(versions.now().clone());
+        }
+        self.len.set(*other.len.now());
+    }
+
     /// The first run of pages at or after `from` that hold something.
     pub(super) fn next_data(&self, from: u64) -> Option<Range<u64>> {
         let page_bytes = bytes(PAGE_BYTES);
@@ -255,9 +265,10 @@ impl FileNode {
         self.len.settle();
     }
 
-    /// M14: what the file holds counts as written.
+    /// M14: what the file holds counts as written. That a page is a hole is metadata, which no filesystem forgets.
     pub(super) fn mark_clean(&mut self) {
-        self.pages.values_mut().for_each(Versions::mark_clean);
+        let held = self.pages.values_mut().filter(|v| v.now().is_some());
+        held.for_each(Versions::mark_clean);
     }
 
     /// M14: each page that `chosen` says, of those that count as written and are not, is read anew from the medium.

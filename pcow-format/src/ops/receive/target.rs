@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, Stored};
 use crate::layer_files;
 use crate::lock::ImageLock;
-use crate::medium::Directory;
+use crate::medium::{Directory, Site};
 use crate::ops;
 use crate::root::{Kind, Layer, Root, Snapshot};
 use crate::stream::{Header, Named};
@@ -43,9 +43,16 @@ impl Receive<'_> {
             }
             (Some(dir), from) => {
                 let stored = Stored::load(Arc::clone(&dir), self.env.clone())?;
-                self.remove_joined_part(&stored)?;
                 let is_it = |s: &&Snapshot| s.uuid == header.snapshot.uuid;
-                if let Some(known) = stored.root().snapshots.iter().find(is_it) {
+                let known = stored.root().snapshots.iter().find(is_it);
+                if known.is_some() {
+                    // I4: whoever joined it may have died before its root was durable. What it came from is removed now, and
+                    // the sender is told that the snapshot is here.
+                    dir.sync(Site("receive.joined.sync"))
+                        .context(|| "cannot sync the image's directory".to_owned())?;
+                }
+                self.remove_joined_part(&stored)?;
+                if let Some(known) = known {
                     let what = format!("the image has this snapshot already, as '{}'", known.name);
                     return Err(Error::new(ErrorKind::InvalidArgument, what));
                 }

@@ -178,6 +178,9 @@ fn check_left(
         if !failed_flush {
             image.flush().map_err(|e| format!("used on: {}", text(e)))?;
         }
+        if marked.is_empty() {
+            world.check_after_cut()?;
+        }
         world.image = None;
     }
     world.remove_marks(&marked)?;
@@ -265,6 +268,19 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Whatever failed before, what is flushed now is there when the power goes. On the machine it cannot go.
+    fn check_after_cut(&mut self) -> Result<(), String> {
+        let Some(cut) = self.cut_power() else {
+            return Ok(());
+        };
+        let plain = std::mem::replace(&mut self.plain, cut.top());
+        self.boot += 1;
+        let checked = self.check_images("used on, after a power cut");
+        self.boot -= 1;
+        self.plain = plain;
+        checked
     }
 
     fn check_images(&self, when: &str) -> Result<(), String> {

@@ -49,7 +49,7 @@ pub struct World {
     pub(super) plain: Arc<dyn Directory>,
     pub(super) faulty: Arc<dyn Directory>,
     pub(super) image: Option<Image>,
-    boot: u128,
+    pub(super) boot: u128,
     /// What `img` shows.
     pub(super) expected: Vec<u8>,
     /// What it showed when it was last flushed before an operation.
@@ -227,6 +227,16 @@ impl World {
         if scenario.closed {
             self.image = None;
         }
+    }
+
+    /// What a power cut leaves of which only that is there which must be; `None` on the machine.
+    pub(super) fn cut_power(&self) -> Option<Sim> {
+        let Some(Scratch::Sim(sim)) = &self.scratch else {
+            return None;
+        };
+        let moment = sim.now();
+        let choices = moment.choices();
+        Some(moment.power_cut(&choices, &vec![0; choices.len()]))
     }
 
     /// The machine is started anew.

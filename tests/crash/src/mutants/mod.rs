@@ -146,9 +146,11 @@ fn verdict(mutant: &Mutant, traces: &[Traces]) -> Verdict {
     }
 }
 
-/// The first violation of the format without the calls at `site`, in a scene in which there are such calls.
+/// The first violation of the format without the calls at `site`, in a scene in which there are such calls. If no workload has
+/// any, in all scenes: they are made after a crash.
 fn without(site: &'static str, traces: &[Traces]) -> Option<String> {
-    let with_it = traces.iter().filter(|t| t.has(site));
+    let nowhere = traces.iter().all(|t| !t.has(site));
+    let with_it = traces.iter().filter(|t| nowhere || t.has(site));
     with_it
         .map(|t| Setting::new(t.scene(), Some(Site(site))))
         .find_map(|setting| first_violation(&setting, None, |_| true))

@@ -12,7 +12,7 @@ use crate::setting::{Scene, Setting};
 use crate::sites::is_of_others;
 use crate::workload::{Expected, Point, Run};
 
-/// Workloads in which a mutant is tried, at most, in each scene.
+/// Workloads in which a mutant is tried, at most, in each scene, beside those in which no other one ends in the same operation.
 const MAX_TRIES: usize = 16;
 
 /// What short workloads of one scene do.
@@ -52,8 +52,10 @@ impl Traces {
         let sites: Vec<_> = points.iter().map(|p| p.moment.act().site.0).collect();
         self.sites.extend(&sites);
         let mut note = |mutant, place| {
-            let places: &mut Vec<_> = self.places.entry(mutant).or_default();
-            if places.len() < MAX_TRIES {
+            let places: &mut Vec<(Workload, usize)> = self.places.entry(mutant).or_default();
+            let last = |w: &Workload| w.last().map(|o| o.name);
+            let is_new = || places.iter().all(|(w, _)| last(w) != last(workload));
+            if places.len() < MAX_TRIES || is_new() {
                 places.push((workload.clone(), place));
             }
         };

@@ -123,8 +123,7 @@ impl Run<'_> {
             return Ok(false);
         }
         let after = self.model().with_failed_flush();
-        // Between the sync that fails and the mark of it nobody knows that it failed, and what is live is given up.
-        self.slot_mut().model = self.model().in_doubt();
+        self.slot_mut().model = self.model().with_failed_sync();
         self.sim.fail(Site(site), EIO);
         self.transition(&[after], |run| {
             for attempt in ["a flush whose sync fails", "a flush after one that failed"] {

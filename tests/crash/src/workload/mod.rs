@@ -18,7 +18,8 @@ use uuid::Uuid;
 
 pub use guest::{store_word, write_back};
 pub use operations::{OPERATIONS, Operation};
-pub use tree::put_newest_back;
+pub use stream::receive_again;
+pub use tree::{clone_of_closed, put_newest_back};
 
 use crate::digest::Digest;
 use crate::model::{Contents, Model, Place, check_equal};
@@ -58,6 +59,15 @@ pub struct Expected {
 }
 
 impl Expected {
+    /// One of `possible` instead, without an older root.
+    pub(crate) fn with_possible(&self, possible: Vec<Model>) -> Self {
+        Self {
+            possible,
+            older: None,
+            ..self.clone()
+        }
+    }
+
     /// A digest of all of it: the same medium may be right before a promise and wrong after it.
     pub fn digest(&self) -> u64 {
         let mut digest = Digest::default();

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a program does to an image that it has to itself: it writes, zeroes, compacts, resizes.
 
-use pcow_format::medium::{Access, Domain, File};
+use pcow_format::medium::sim::Sim;
+use pcow_format::medium::{Access, Domain, File, Site};
 use pcow_format::ops::create_filled_in;
 use pcow_format::repair::{Unflushed, repair, settle_unflushed};
-use pcow_format::{Error, ErrorKind, Image, Stored, VirtualSize, data_name};
+use pcow_format::{Error, ErrorKind, FLUSH_FAILED_FILE, Image, Stored, VirtualSize, data_name};
 
 use super::Run;
 use crate::model::{CLUSTER_BYTES, Model, Role, WORD_BYTES};
@@ -82,11 +83,30 @@ impl Run<'_> {
         self.reopen()
     }
 
-    /// Repairs it after a flush has failed. Nothing can follow.
+    /// Repairs it after a flush has failed. From then on flushes mean it again.
     pub(super) fn repair_after_failed_flush(&mut self) -> Result<bool, String> {
         self.failing_flush("active.flush.data")?;
+        self.ended = false;
         let after = self.model().with_mark_removed();
         self.offline(&[after], |stored| repair(stored).map(drop))?;
+        self.slot_mut().unflushed.clear();
+        self.reopen_in_doubt()
+    }
+
+    /// As somebody does who removes the mark by hand, in the same boot, after the words were not written.
+    pub(super) fn go_on_after_failed_flush(&mut self) -> Result<bool, String> {
+        if !self.failing_flush("active.flush.map")? {
+            return Ok(false);
+        }
+        self.ended = false;
+        let after = self.model().with_mark_removed();
+        self.offline(&[after], |stored| {
+            let removed = stored
+                .directory()
+                .unlink(Site("user.unlink"), FLUSH_FAILED_FILE);
+            removed.map_err(|e| Error::new(ErrorKind::Io, FLUSH_FAILED_FILE).caused_by(e))
+        })?;
+        self.slot_mut().unflushed.clear();
         self.reopen_in_doubt()
     }
 
@@ -103,6 +123,32 @@ impl Run<'_> {
             settle_unflushed(s, Unflushed::Trust).map(drop)
         })?;
         self.slot_mut().unflushed.clear();
+        self.reopen()
+    }
+
+    /// Somebody copies the image, which is closed, and has what was not flushed taken for data in the copy. The active layer
+    /// of that is durable only then.
+    pub(super) fn trust_copy(&mut self) -> Result<bool, String> {
+        if self.setting.domain() == Domain::Dax {
+            return Ok(false);
+        }
+        self.clones += 1;
+        let name = format!("copy-{}", self.clones);
+        let active = self.image().root().active.to_string();
+        self.slot_mut().image = None;
+        let original = self.slot().name;
+        self.transition(&[], |run| {
+            let copied = copy(&run.sim, original, &name, |file| file.starts_with(&active));
+            copied.map_err(|e| format!("a copy: {e}"))
+        })?;
+        let shown = self.model().disk.now().clone();
+        let after = self.model().with_image(&name, shown);
+        self.transition(&[after], |run| {
+            let copied = setting::stored(&run.sim, &name, run.boot)?;
+            settle_unflushed(&copied, Unflushed::Trust)
+                .map(drop)
+                .map_err(text)
+        })?;
         self.reopen()
     }
 
@@ -180,6 +226,32 @@ impl Run<'_> {
         });
         Ok(same && self.is_untouched()?)
     }
+}
+
+/// Copies the files of an image, as `cp` does, into a directory that gets its name at the end, when all is durable but the
+/// contents of files that are `dirty`.
+fn copy(sim: &Sim, from: &str, to: &str, dirty: impl Fn(&str) -> bool) -> std::io::Result<()> {
+    let site = Site("user.copy");
+    let top = sim.top();
+    let (from, part) = (top.open_dir(from)?, format!("{to}.part"));
+    let into = top.create_dir(site, &part)?;
+    for name in from.names()? {
+        let (old, new) = (from.open(&name, Access::Read)?, into.create(site, &name)?);
+        new.set_len(site, old.status()?.len)?;
+        let mut at = 0;
+        while let Some(data) = old.next_data(at)? {
+            let mut bytes = vec![0; usize::try_from(data.end - data.start).unwrap_or(0)];
+            let got = old.read_at(&mut bytes, data.start)?;
+            new.write_at(site, &bytes[..got], data.start)?;
+            at = data.end;
+        }
+        if !dirty(&name) {
+            new.sync_data(site)?;
+        }
+    }
+    into.sync(site)?;
+    top.rename_dir(site, &part, to)?;
+    top.sync(site)
 }
 
 fn import_all(image: &Image, file: &dyn File) -> pcow_format::Result<()> {

@@ -55,6 +55,9 @@ pub static OPERATIONS: &[Operation] = &[
     operation("rename", 1, |r| r.rename()),
     operation("delete", 1, |r| r.delete()),
     operation("delete below a sealed layer", 1, |r| r.delete_merging()),
+    operation("delete below a sealed layer, sharing", 1, |r| {
+        r.delete_sharing()
+    }),
     operation("rollback", 1, |r| r.rollback(false)),
     operation("rollback, discarding", 1, |r| r.rollback(true)),
     operation("rebase", 1, |r| r.rebase()),
@@ -71,7 +74,11 @@ pub static OPERATIONS: &[Operation] = &[
     operation("flush that fails, and repair", 0, |r| {
         r.repair_after_failed_flush()
     }),
+    operation("flush of the map that fails, going on", 0, |r| {
+        r.go_on_after_failed_flush()
+    }),
     operation("trust after a reboot", 1, |r| r.trust_unflushed()),
+    operation("trust a copy", 1, |r| r.trust_copy()),
     operation("give up", 1, |r| r.discard_unflushed()),
     operation("import", 1, |r| r.import()),
     operation("kill", 1, |r| r.kill()),

@@ -4,26 +4,34 @@
 use std::sync::Arc;
 
 use pcow_format::ErrorKind;
+use pcow_format::medium::sim::Sim;
 use pcow_format::ops::{Received, receive_in};
 use pcow_format::stream::{Header, Named, Sending, Writer};
 use uuid::Uuid;
 
-use super::Run;
-use crate::model::{CLUSTER_BYTES, Contents, Model};
+use super::{Expected, Run};
+use crate::model::{CLUSTER_BYTES, Contents, Model, Receiving};
 use crate::setting::{self, environment, receive_place, text};
 
-/// What a stream is of, and two pieces of it: a beginning, and what is missing then.
-type Stream = (Contents, Vec<u8>, Vec<u8>);
+/// What a stream is of, and pieces of it.
+struct Stream {
+    contents: Contents,
+    begin: Vec<u8>,
+    /// What is missing then.
+    rest: Vec<u8>,
+    whole: Vec<u8>,
+}
 
 impl Run<'_> {
     /// The image gets a snapshot that somebody has made of its newest one.
     pub(super) fn receive(&mut self) -> Result<bool, String> {
         self.snapshot()?;
-        let (contents, begin, rest) = self.changes()?;
+        let stream = self.changes()?;
         let name = self.slot().name.to_owned();
-        let after = self.model().with_disk(contents.clone()).with_snapshot();
+        let shown = stream.contents.clone();
+        let after = self.model().with_disk(shown).with_snapshot();
         self.slot_mut().image = None;
-        self.receive_pieces(&name, (contents, begin, rest), after)
+        self.receive_pieces(&name, stream, after)
     }
 
     /// A copy of the image's newest snapshot.
@@ -40,14 +48,29 @@ impl Run<'_> {
         // Within the second record, if there are so many.
         let cut = stream.len().min(512 + 32 + 8192 + 40) - 1;
         let after = self.model().with_clone(&name);
-        let begin = stream[..cut].to_vec();
         self.slot_mut().image = None;
-        self.receive_pieces(&name, (newest.contents, begin, stream), after)
+        let stream = Stream {
+            contents: newest.contents,
+            begin: stream[..cut].to_vec(),
+            rest: stream.clone(),
+            whole: stream,
+        };
+        self.receive_pieces(&name, stream, after)
     }
 
     fn receive_pieces(&mut self, name: &str, stream: Stream, after: Model) -> Result<bool, String> {
-        let (contents, begin, rest) = stream;
-        let receiving = Some((name.to_owned(), contents));
+        let Stream {
+            contents,
+            begin,
+            rest,
+            whole,
+        } = stream;
+        let receiving = Some(Receiving {
+            name: name.to_owned(),
+            contents,
+            stream: Arc::new(whole),
+            after: Arc::new(after.clone()),
+        });
         // What is left of the partial image is looked at afterwards, too: as long as it has its name it must be whole.
         let mut after = after;
         after.receiving.clone_from(&receiving);
@@ -130,8 +153,43 @@ impl Run<'_> {
         };
         let failed = |e: std::io::Error| e.to_string();
         let begin = write(&header, true).map_err(failed)?;
+        let whole = write(&header, false).map_err(failed)?;
         let start = first.1 * CLUSTER_BYTES + CLUSTER_BYTES;
         let rest = write(&Header { start, ..header }, false).map_err(failed)?;
-        Ok((contents, begin, rest))
+        Ok(Stream {
+            contents: contents.clone(),
+            begin,
+            rest,
+            whole,
+        })
     }
+}
+
+/// Somebody sends a stream again whose reception was cut off; returns what must be there then. `None` if nothing of a
+/// reception is left.
+pub fn receive_again(
+    sim: &Sim,
+    expected: &Expected,
+    boot: u128,
+) -> Result<Option<Expected>, String> {
+    let receiving = expected.possible.first().and_then(|m| m.receiving.clone());
+    let Some(receiving) = receiving else {
+        return Ok(None);
+    };
+    let top = sim.top();
+    let part = format!("{}.receive.part", receiving.name);
+    let names = top.names().map_err(|e| e.to_string())?;
+    if !names.contains(&part) {
+        return Ok(None);
+    }
+    let env = environment(sim, boot);
+    let place = receive_place(top.as_ref(), &receiving.name, &env);
+    match receive_in(&place, &mut &receiving.stream[..], &mut |_, _| ()) {
+        Ok(_) => {}
+        Err(e) if e.to_string().contains("has this snapshot already") => {}
+        Err(e) => return Err(format!("received again: {}", text(e))),
+    }
+    let mut after = Model::clone(&receiving.after);
+    after.receiving = Some(receiving);
+    Ok(Some(expected.with_possible(vec![after])))
 }

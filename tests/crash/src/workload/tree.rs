@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pcow_format::medium::sim::Sim;
 use pcow_format::medium::{Access, Site};
-use pcow_format::ops::Checksum;
+use pcow_format::ops::{Base, Checksum, create_in};
 use pcow_format::root::{Kind, Root};
 use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
 use uuid::Uuid;
@@ -85,6 +85,14 @@ impl Run<'_> {
         self.store(Role::Zero)?;
         self.snapshot()?;
         self.delete_number(number.ok_or("no snapshot was taken")?)
+    }
+
+    /// The same where files can share storage.
+    pub(super) fn delete_sharing(&mut self) -> Result<bool, String> {
+        self.sim.set_sharing(true);
+        let deleted = self.delete_merging();
+        self.sim.set_sharing(false);
+        deleted
     }
 
     pub(super) fn rollback(&mut self, discard: bool) -> Result<bool, String> {
@@ -287,6 +295,37 @@ impl Run<'_> {
         self.older = None;
         self.reopen()
     }
+}
+
+/// Somebody clones the newest snapshot of an image that nobody has opened since its process died; returns what must be there
+/// then. `None` if it has no snapshot.
+pub fn clone_of_closed(
+    setting: &Setting,
+    sim: &Sim,
+    expected: &Expected,
+    boot: u128,
+) -> Result<Option<Expected>, String> {
+    let stored = setting::stored(sim, expected.image, boot)?;
+    let Some(newest) = stored.root().snapshots.last().map(|s| s.number) else {
+        return Ok(None);
+    };
+    let name = "clone-of-closed";
+    let mut new = setting::new_image(setting.plan(), name, Some(expected.image));
+    if let Some(Base::Image { snapshot, .. }) = &mut new.base {
+        *snapshot = Some(newest.to_string());
+    }
+    let env = setting::environment(sim, boot);
+    let created = create_in(sim.top().as_ref(), name, &new, &env);
+    created.map_err(|e| format!("{name}: {}", text(e)))?;
+    let with_clone = |model: &Model| {
+        let snapshot = model.snapshots.iter().find(|s| s.number == newest)?;
+        Some(model.with_image(name, snapshot.contents.clone()))
+    };
+    let possible: Vec<_> = expected.possible.iter().filter_map(with_clone).collect();
+    if possible.is_empty() {
+        return Err(format!("snapshot {newest} is none that there may be"));
+    }
+    Ok(Some(expected.with_possible(possible)))
 }
 
 /// Somebody opens the image under a root that may be an older one, which shows what it has shown once, or is refused;
