@@ -117,8 +117,8 @@ fn mutants(part: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// How close to look at workloads of one operation, of two, and of three. Three are for the two plain media: the others
-/// differ from them in what shorter workloads reach.
+/// How close to look at workloads of one operation, of two, and of three. In the test run three are for the two plain media:
+/// the others differ from them in what shorter workloads reach.
 fn limits(scene: &str, long: bool) -> &'static [Limits] {
     match scene {
         "page-cache" | "dax" if long => &[CLOSE, WIDE, FAST],
