@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -177,6 +178,17 @@ fn a_frontend_that_was_told_of_a_layer_that_is_sealed_by_now_has_to_ask_again() 
     Memory::new(frontend.region()).store(0, 1);
 }
 
+/// A client of a backend that has just been started, and that a frontend has not come back to.
+fn client_of_a_waiting_backend(backend: &Backend, image: &Path) -> Client {
+    backend.wait_for_log("waiting for it to come back");
+    let mut client = None;
+    wait_until("it can be asked", PATIENCE, || {
+        client = Client::connect(image, None).ok().flatten();
+        client.is_some()
+    });
+    client.unwrap()
+}
+
 #[test]
 fn no_snapshot_is_taken_before_a_frontend_is_back_that_keeps_the_image() {
     let scratch = Scratch::new();
@@ -190,17 +202,40 @@ fn no_snapshot_is_taken_before_a_frontend_is_back_that_keeps_the_image() {
     let keeps = Frontend::connect(backend.socket(), &no_return).unwrap();
     backend.kill();
     backend.restart(&image, &[]);
-    backend.wait_for_log("waiting for it to come back");
-    let mut client = None;
-    wait_until("it can be asked", PATIENCE, || {
-        client = Client::connect(&image, None).ok().flatten();
-        client.is_some()
-    });
-    let mut client = client.unwrap();
+    let mut client = client_of_a_waiting_backend(&backend, &image);
     let refused = client.execute("snapshot-create", json!({}), PATIENCE);
     let refused = refused.unwrap_err().to_string();
     assert!(refused.contains("has not come back"), "{refused}");
     drop(keeps);
     let taken = client.execute("snapshot-create", json!({}), PATIENCE);
     taken.unwrap();
+}
+
+/// A backend died between the commit of a snapshot and the word of it, and its successor, while it waited for the frontend,
+/// merged the layer that this one knows with the one below: the frontend came back, was told that the image had changed, and its
+/// guest waited for ever.
+#[test]
+fn no_snapshot_is_deleted_before_a_frontend_is_back_that_may_know_the_layer_on_it() {
+    let scratch = Scratch::new();
+    let image = scratch.image("image", SIZE, 64 << 10);
+    Image::open(&image, &[]).unwrap().snapshot(None).unwrap();
+    let known = active(&image);
+    Image::open(&image, &[]).unwrap().snapshot(None).unwrap();
+    let mut backend = Backend::start(&image, &[]);
+    let lock = lock_of(&backend);
+    backend.kill();
+    backend.restart(&image, &[]);
+    let mut client = client_of_a_waiting_backend(&backend, &image);
+    let mut delete = || client.execute("snapshot-delete", json!({ "snapshot": "1" }), PATIENCE);
+    let refused = delete().unwrap_err().to_string();
+    assert!(refused.contains("has not come back"), "{refused}");
+    wait_until("the backend listens", PATIENCE, || {
+        UnixStream::connect(backend.socket()).is_ok()
+    });
+    let held = held(&image, known);
+    // A child that another test starts has copies of the descriptors for a moment.
+    wait_until("the lock is taken", PATIENCE, || {
+        hand_back(&backend, held, lock.as_fd()) == Status::OK
+    });
+    delete().unwrap();
 }

@@ -183,6 +183,7 @@ impl Operator {
         let target = arguments.needed("snapshot")?;
         arguments.finish()?;
         let _tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        self.refuse_while_kept()?;
         let deleted = self.disk.delete_snapshot(&target).map_err(refusal)?;
         log::info!("snapshot {} '{}' deleted", deleted.number, deleted.name);
         Ok(json!({ "number": deleted.number, "copied-bytes": deleted.copied_bytes }))
@@ -194,6 +195,15 @@ impl Operator {
         let _tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
         self.disk.rename_snapshot(&target, &name).map_err(refusal)?;
         Ok(json!({}))
+    }
+
+    /// A frontend that has kept the image's lock may know the layer that was sealed last, and goes on by that alone. Names and
+    /// checksums it does not ask for. Who has come back keeps nothing, so that this need not be asked twice.
+    fn refuse_while_kept(&self) -> Result<(), Refusal> {
+        if self.offer.disk.lock().is_none() {
+            return Err(Refusal::new(snapshot::Failed::Kept.to_string()));
+        }
+        Ok(())
     }
 
     /// Computes checksums that are pending, in a thread of its own.

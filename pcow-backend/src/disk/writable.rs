@@ -290,7 +290,7 @@ impl Disk for WritableDisk {
             return Ok(Continuation::Same);
         }
         // The backend before this one has sealed it, and died before it could tell. Whatever else changes the tree needs the
-        // lock that the frontend has kept. This process has not seen that nothing of the layer is mapped.
+        // lock that the frontend has kept, this process included. It has not seen that nothing of the layer is mapped.
         let sealed = image.root().sealed_last().filter(|l| l.uuid == layer);
         match sealed {
             Some(_) => image.prove_sealed(layer).map(Continuation::Sealed),
