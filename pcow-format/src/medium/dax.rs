@@ -120,27 +120,42 @@ pub(crate) fn write_back_range(file: &File, range: Range<u64>) -> io::Result<()>
 /// Bytes that one write-back covers on every processor with DAX, at least.
 const LINE_BYTES: usize = 64;
 
-/// Whether `file` grants synchronous mappings: the kernel says so by making one. For reading, since that is all that an
-/// image served read-only may do.
-pub(crate) fn is_dax(file: &File) -> bool {
+/// Whether what is stored through mappings of `file` is durable after a write-back: its filesystem grants synchronous ones, and
+/// this machine can write back.
+///
+/// # Errors
+/// A mapping that was refused for a reason of this process says nothing of the file. A DAX file that were taken for one in the
+/// page cache would be mapped without `MAP_SYNC`, and what the guest flushes lost.
+pub(crate) fn is_dax(file: &File) -> io::Result<bool> {
     const PROBE_BYTES: usize = 4096;
+    Ok(can_write_back() && grants_synchronous(file, PROBE_BYTES)?)
+}
+
+/// Asks the kernel by making a mapping of `length` bytes. For reading, since that is all that an image served read-only may do.
+fn grants_synchronous(file: &File, length: usize) -> io::Result<bool> {
     // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open; nothing reads from it.
-    let page = unsafe {
+    let pages = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
-            PROBE_BYTES,
+            length,
             libc::PROT_READ,
             libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC,
             file.as_raw_fd(),
             0,
         )
     };
-    if page == libc::MAP_FAILED {
-        return false;
+    if pages == libc::MAP_FAILED {
+        let refused = io::Error::last_os_error();
+        return match refused.raw_os_error() {
+            // The filesystem, or the device below it, has no synchronous mappings (mmap(2)); kernels before 4.15 have none.
+            Some(libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
+            // The limits of address space, of mappings or of locked memory (ENOMEM, EAGAIN), for example: looked at first.
+            _ => Err(refused),
+        };
     }
     // SAFETY: exactly the range that was mapped above; no pointer into it exists.
-    unsafe { libc::munmap(page, PROBE_BYTES) };
-    can_write_back()
+    unsafe { libc::munmap(pages, length) };
+    Ok(true)
 }
 
 pub(crate) use cache::{can_write_back, fence};
@@ -246,5 +261,23 @@ mod cache {
     /// Orders stores before those that follow.
     pub(crate) fn fence() {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every failure was once taken for "in the page cache", so that an image on DAX that was opened at the limit of address
+    /// space was served without synchronous mappings.
+    #[test]
+    fn a_mapping_that_the_process_may_not_make_says_nothing_of_the_file() {
+        // In the page cache, wherever the temporary files are.
+        let file = rustix::fs::memfd_create("pcow-test", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(file.unwrap());
+        assert!(!is_dax(&file).unwrap());
+        // More than any address space has.
+        let refused = grants_synchronous(&file, 1 << 62).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOMEM));
     }
 }

@@ -467,7 +467,7 @@ impl File for RealFile {
     }
 
     fn domain(&self) -> io::Result<Domain> {
-        Ok(if dax::is_dax(&self.file) {
+        Ok(if dax::is_dax(&self.file)? {
             Domain::Dax
         } else {
             Domain::PageCache
