@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The daemon: accepts frontends, flushes at intervals, ends cleanly.
+//! The daemon: accepts frontends, has what they store flushed, ends cleanly.
+
+mod flusher;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,9 +18,13 @@ use crate::endpoint::Endpoint;
 use crate::failure::Failure;
 use crate::service_manager;
 use crate::signals::Signals;
+use flusher::Flusher;
 
 /// Connections at a time: one frontend, and others that find that out.
 const MAX_CONNECTIONS: usize = 16;
+
+/// How long it takes at most until a connection that has ended is noticed.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a clean end may take to give back what a guest has only read. What remains stays data.
 const GIVE_BACK: Duration = Duration::from_secs(60);
@@ -84,14 +90,18 @@ impl Server {
                 .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
             self.connect(stream)?;
         }
+        let flusher = self
+            .flush_interval
+            .map(|interval| Flusher::start(Arc::clone(&self.offer), interval))
+            .transpose()?;
         self.serve(endpoint, signals)?;
+        drop(flusher);
         self.finish()
     }
 
     fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
-        let mut next_flush = self.flush_interval.map(|i| Instant::now() + i);
         loop {
-            let woken = wait(endpoint, signals, &self.quit, next_flush)?;
+            let woken = wait(endpoint, signals, &self.quit)?;
             if woken.signal || woken.quit {
                 let why = if woken.signal { signals.take() } else { "quit" };
                 log::info!("{why}: ending");
@@ -113,10 +123,6 @@ impl Server {
                         std::thread::sleep(Duration::from_millis(100));
                     }
                 }
-            }
-            if next_flush.is_some_and(|t| t <= Instant::now()) {
-                self.flush();
-                next_flush = self.flush_interval.map(|i| Instant::now() + i);
             }
             let left = self.reap();
             if left == 0 && matches!(endpoint, Endpoint::Connected(_)) {
@@ -157,16 +163,6 @@ impl Server {
         running.len()
     }
 
-    fn flush(&self) {
-        if !self.offer.place.is_attached() {
-            return;
-        }
-        // What fails is told there.
-        if self.offer.flush().is_ok() {
-            log::debug!("flushed by itself");
-        }
-    }
-
     /// Makes everything durable, then ends all sessions. In this order, since a guest pauses from the end of its session to
     /// the first fault that the next backend serves. What it stores in between is in the page cache, where that one finds
     /// it; a guest goes on storing to what it has mapped anyway, so no flush at the very end would be the last.
@@ -196,24 +192,15 @@ struct Woken {
     quit: bool,
 }
 
-/// Waits for a connection, a signal, or the time to flush. Ended connections are noticed at least once a second.
-fn wait(
-    endpoint: &Endpoint,
-    signals: &Signals,
-    quit: &Quit,
-    next_flush: Option<Instant>,
-) -> Result<Woken, Failure> {
-    let patience = next_flush.map_or(Duration::from_secs(1), |t| {
-        t.saturating_duration_since(Instant::now())
-            .min(Duration::from_secs(1))
-    });
+/// Waits for a connection or a signal, and not for long: connections that have ended are noticed then.
+fn wait(endpoint: &Endpoint, signals: &Signals, quit: &Quit) -> Result<Woken, Failure> {
     let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
     let quit = PollFd::from_borrowed_fd(quit.0.as_fd(), PollFlags::IN);
     let mut fds = vec![signal, quit];
     if let Some(listener) = endpoint.listener_fd() {
         fds.push(PollFd::from_borrowed_fd(listener, PollFlags::IN));
     }
-    match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
+    match poll(&mut fds, Timespec::try_from(PATIENCE).ok().as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(e) => return Err(Failure::new("cannot wait for frontends").caused_by(&e)),
     }

@@ -4,7 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::os::fd::{BorrowedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use pcow_tests::memory::Memory;
 use pcow_tests::program;
 use pcow_tests::scratch::Scratch;
 use pcow_tests::soak::{Difference, Load, build, come_and_go, kill_again_and_again};
+use pcow_tests::strace::{Strace, has_ended};
 use pcow_tests::waiting::wait_until;
 use rustix::net::{Shutdown, SocketAddrAny, SocketAddrUnix, getpeername, shutdown};
 use rustix::process::Signal;
@@ -223,6 +224,49 @@ fn a_backend_that_is_asked_to_end_flushes_and_warns_and_the_frontend_goes_on_wit
     assert_eq!(waiting.join().unwrap(), 0);
     assert_eq!((memory.load(8), memory.load(16)), (7, 9));
     frontend.flush().unwrap();
+}
+
+/// A frontend that stays away when its backend, which has not flushed, is killed.
+fn kept_image(s: &Scratch) -> (PathBuf, Backend, Frontend) {
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &["--flush-interval", "0"]);
+    let no_return = FrontendOptions {
+        reconnect: false,
+        ..FrontendOptions::default()
+    };
+    let keeps = Frontend::connect(backend.socket(), &no_return).unwrap();
+    Memory::new(keeps.region()).store(8, 7);
+    backend.kill();
+    (image, backend, keeps)
+}
+
+/// Only an attached frontend counted once, so that what a guest had stored since its backend was killed was not flushed before it
+/// was back, and an interval over.
+#[test]
+fn a_backend_flushes_at_once_what_was_stored_before_it_came() {
+    let s = Scratch::new();
+    let (image, mut backend, _keeps) = kept_image(&s);
+    let live_clusters = || {
+        let report = pcow_format::check::check(&Stored::open(&image, &[]).unwrap());
+        report.unwrap().live_clusters
+    };
+    assert_eq!(live_clusters(), 1);
+    backend.restart(&image, &["--flush-interval", "86400"]);
+    wait_until("the flush", PATIENCE, || live_clusters() == 0);
+}
+
+#[test]
+fn a_backend_flushes_at_intervals_while_a_frontend_that_is_not_back_may_store() {
+    let s = Scratch::new();
+    let (image, mut backend, _keeps) = kept_image(&s);
+    backend.restart(&image, &["--flush-interval", "1"]);
+    backend.wait_for_log("waiting for it to come back");
+    // More than the flushes at the beginning take.
+    let strace = Strace::kill_at(backend.pid(), "fdatasync", 8);
+    wait_until("it flushes again and again", PATIENCE, || {
+        has_ended(backend.pid())
+    });
+    strace.end();
 }
 
 #[test]
