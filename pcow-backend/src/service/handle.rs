@@ -24,6 +24,8 @@ pub enum Direction {
     Bounce,
     /// They do, and the frontend has no BOUNCE: loads copy and allocate, too.
     CopyOnTouch,
+    /// Most of those who ask for write access cannot be seen: if they are KVM's workers, loads copy and allocate, too.
+    Unclear,
 }
 
 impl Direction {
@@ -33,6 +35,7 @@ impl Direction {
             Self::Exact => "exact",
             Self::Bounce => "bounce",
             Self::CopyOnTouch => "copy-on-touch",
+            Self::Unclear => "unclear",
         }
     }
 }
@@ -105,7 +108,7 @@ fn figures(shared: &Shared) -> Figures {
     let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     Figures {
         process: shared.process,
-        direction: direction(c),
+        direction: direction(c, shared.may_bounce),
         faults: [of(&c.loads), of(&c.stores), of(&c.unknown)],
         unknown: [of(&c.bounced), of(&c.second), of(&c.on_touch)],
         maps: [of(&c.maps), of(&c.unmaps)],
@@ -117,14 +120,39 @@ fn figures(shared: &Shared) -> Figures {
     }
 }
 
-/// A moment that was refused is no sign of a frontend without BOUNCE.
-fn direction(counters: &Counters) -> Direction {
-    let seen = |counter: &AtomicU64| counter.load(Ordering::Relaxed) > 0;
-    if seen(&counters.bounced) {
-        Direction::Bounce
-    } else if seen(&counters.on_touch) {
-        Direction::CopyOnTouch
+/// Moments that are refused make no other mode, nor does a stranger beside threads of the frontend's (a debugger).
+fn direction(counters: &Counters, may_bounce: bool) -> Direction {
+    let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    if of(&counters.workers) > 0 {
+        if may_bounce {
+            Direction::Bounce
+        } else {
+            Direction::CopyOnTouch
+        }
+    } else if of(&counters.unclear) > of(&counters.stores) {
+        Direction::Unclear
     } else {
         Direction::Exact
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was served as a store at once was a sign of "no BOUNCE" once, whoever had asked and why ever it was.
+    #[test]
+    fn the_mode_follows_from_who_asks_and_what_the_frontend_can_do() {
+        let counters = Counters::default();
+        let add = |counter: &AtomicU64| Counters::add(counter);
+        assert_eq!(direction(&counters, true), Direction::Exact);
+        add(&counters.unclear);
+        add(&counters.on_touch);
+        assert_eq!(direction(&counters, true), Direction::Unclear);
+        add(&counters.stores);
+        assert_eq!(direction(&counters, true), Direction::Exact);
+        add(&counters.workers);
+        assert_eq!(direction(&counters, true), Direction::Bounce);
+        assert_eq!(direction(&counters, false), Direction::CopyOnTouch);
     }
 }

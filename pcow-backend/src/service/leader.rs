@@ -201,21 +201,24 @@ impl Leader {
     /// What a request of `thread` for write access at `offset` means. Reads of /proc do not wait for the frontend's memory (F4).
     fn writer(&self, thread: u32, offset: u64, present: bool) -> Touch {
         let s = &self.shared;
-        match s.origins().of(thread) {
+        let origin = s.origins().of(thread);
+        s.tell_how_loads_are_known(origin);
+        match origin {
             Origin::Storing => Touch::Store { sure: true },
             Origin::Worker if s.may_bounce => {
-                s.tell_how_loads_are_known("loads are told from stores by BOUNCE");
+                Counters::add(&s.counters.workers);
                 s.bounces.asks_again(thread, offset);
                 Touch::Unknown {
                     worker: thread,
                     present,
                 }
             }
-            Origin::Worker | Origin::Unclear => {
-                s.tell_how_loads_are_known(
-                    "the frontend has no BOUNCE, so loads copy and allocate, too; what is only read is given back at the \
-                     end. Exact without it: QEMU's -overcommit cpu-pm=on -cpu host,kvm-asyncpf=off,kvm-asyncpf-int=off",
-                );
+            Origin::Worker => {
+                Counters::add(&s.counters.workers);
+                Touch::Store { sure: false }
+            }
+            Origin::Unclear => {
+                Counters::add(&s.counters.unclear);
                 Touch::Store { sure: false }
             }
         }

@@ -43,7 +43,7 @@ pub use cut::{Cut, CutTimes};
 pub use handle::{Figures, Handle};
 use leader::Leader;
 use low_space::LowSpace;
-use origin::Origins;
+use origin::{Origin, Origins};
 use preparer::Preparer;
 use read_copies::ReadCopies;
 use reclaim::Reclaimer;
@@ -74,7 +74,11 @@ pub struct Counters {
     pub stores: AtomicU64,
     /// Fault events that ask for write access and may be loads.
     pub unknown: AtomicU64,
-    /// Of those, the ones that were bounced.
+    /// Requests of kernel workers for write access, and of those who cannot be seen.
+    pub workers: AtomicU64,
+    /// See `workers`.
+    pub unclear: AtomicU64,
+    /// Of the unknown ones, those that were bounced.
     pub bounced: AtomicU64,
     /// The ones that came again after a bounce, and were served as stores.
     pub second: AtomicU64,
@@ -129,7 +133,8 @@ struct Shared {
     quiesces: Quiesces,
     low_space: LowSpace,
     origins: Mutex<Origins>,
-    told: Once,
+    told_of_workers: Once,
+    told_of_strangers: Once,
     counters: Counters,
     reclaimer: Reclaimer,
     preparer: Preparer,
@@ -169,11 +174,27 @@ impl Shared {
         self.origins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says once what becomes of requests for write access that may be loads.
-    fn tell_how_loads_are_known(&self, how: &str) {
-        self.told.call_once(|| {
-            log::info!("KVM's workers ask for write access even for a load: {how}");
-        });
+    /// Says once for each kind of `origin` what becomes of requests for write access that may be loads.
+    fn tell_how_loads_are_known(&self, origin: Origin) {
+        match origin {
+            Origin::Storing => {}
+            Origin::Worker => self.told_of_workers.call_once(|| {
+                let how = if self.may_bounce {
+                    "loads are told from stores by BOUNCE"
+                } else {
+                    "the frontend has no BOUNCE, so loads copy and allocate, too; what is only read is given back at the \
+                     end. Exact without it: QEMU's -overcommit cpu-pm=on -cpu host,kvm-asyncpf=off,kvm-asyncpf-int=off"
+                };
+                log::info!("KVM's workers ask for write access even for a load: {how}");
+            }),
+            Origin::Unclear => self.told_of_strangers.call_once(|| {
+                log::info!(
+                    "somebody asks for write access who cannot be seen to be a thread of the frontend's (another PID \
+                     namespace, hidepid, another process): if that is a worker of KVM's, loads copy and allocate, too; what \
+                     is only read is given back at the end"
+                );
+            }),
+        }
     }
 }
 
@@ -229,7 +250,8 @@ impl FaultService {
             quiesces: Quiesces::default(),
             low_space: LowSpace::new(budgets.stop_on_low_space, peer.stop),
             origins: Mutex::new(Origins::new(peer.process)),
-            told: Once::new(),
+            told_of_workers: Once::new(),
+            told_of_strangers: Once::new(),
             preparer: Preparer::new(Arc::clone(&board), Arc::clone(&disk)),
             reclaimer: Reclaimer::default(),
             board,

@@ -9,13 +9,14 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Workers that are remembered.
 const MAX_WORKERS: usize = 256;
-/// How often the frontend's threads are listed at most, for numbers that are none of them.
-const LIST_INTERVAL: Duration = Duration::from_millis(100);
+/// Threads of the frontend's that are remembered.
+const MAX_OWN: usize = 1024;
 
 /// Where a request for write access comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,11 +109,11 @@ fn read(file: &File) -> io::Result<String> {
 pub(super) struct Origins {
     /// The frontend's process; 0 if it is in a namespace that is not visible from here.
     process: u32,
-    /// The frontend's own threads, by their numbers in its namespace.
+    /// Threads of the frontend's that have asked.
     own: HashSet<u32>,
-    /// Whether that is another namespace than ours: then a worker and a thread of the frontend's may have one number.
-    nested: bool,
-    listed: Option<Instant>,
+    /// Whether it numbers its threads in another namespace than ours: then a worker and a thread of the frontend's may have
+    /// one number. Looked at once, since threads cannot change that.
+    nested: Option<bool>,
     workers: HashMap<u32, Arc<Worker>>,
 }
 
@@ -121,32 +122,43 @@ impl Origins {
         Self {
             process,
             own: HashSet::new(),
-            nested: false,
-            listed: None,
+            nested: None,
             workers: HashMap::new(),
         }
     }
 
     /// Who `thread` is.
     pub(super) fn of(&mut self, thread: u32) -> Origin {
-        if self.listed.is_none() {
-            // Before anybody is taken for a worker: in another namespace a thread of the frontend's may have its number.
-            self.list_again();
+        // Before anybody is taken for a worker.
+        let process = self.process;
+        let nested = *self.nested.get_or_insert_with(|| is_nested(process));
+        if !nested && self.is_own(thread) {
+            return Origin::Storing;
         }
-        if !self.own.contains(&thread) {
-            if !self.nested && self.worker(thread).is_some() {
-                return Origin::Worker;
+        if !nested && self.worker(thread).is_some() {
+            return Origin::Worker;
+        }
+        // Kernels before 6.4 serve vhost devices from kernel threads of this name, which copy in the direction that they need.
+        if is_vhost(thread) {
+            return Origin::Storing;
+        }
+        Origin::Unclear
+    }
+
+    /// Whether this is a thread of the frontend's. Asked of that thread alone: the frontend may have begun it a moment ago, and
+    /// it exists as long as it waits for its touch.
+    fn is_own(&mut self, thread: u32) -> bool {
+        if self.own.contains(&thread) {
+            return true;
+        }
+        let is_own = Path::new(&format!("/proc/{}/task/{thread}", self.process)).exists();
+        if is_own {
+            if self.own.len() >= MAX_OWN {
+                self.own.clear();
             }
-            self.list_again();
+            self.own.insert(thread);
         }
-        match (self.own.contains(&thread), self.nested) {
-            (true, false) => Origin::Storing,
-            (true, true) => Origin::Unclear,
-            // Kernels before 6.4 serve vhost devices from kernel threads of this name, which copy in the direction that
-            // they need.
-            (false, _) if is_vhost(thread) => Origin::Storing,
-            (false, _) => Origin::Unclear,
-        }
+        is_own
     }
 
     /// The kernel worker with this number.
@@ -164,38 +176,18 @@ impl Origins {
         self.workers.insert(thread, Arc::clone(&worker));
         Some(worker)
     }
+}
 
-    /// Lists the frontend's threads, unless that was done a moment ago.
-    fn list_again(&mut self) {
-        let now = Instant::now();
-        let recently = self.listed.is_some_and(|t| now - t < LIST_INTERVAL);
-        if self.process == 0 || recently {
-            return;
-        }
-        self.listed = Some(now);
-        self.own.clear();
-        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.process)) else {
-            return;
-        };
-        for thread in threads.map_while(Result::ok) {
-            // A thread that has just ended has no status, and faults no more.
-            if let Ok(status) = std::fs::read_to_string(thread.path().join("status")) {
-                self.note(&status);
-            }
-        }
-    }
+/// Whether `process` is in a namespace below ours, as far as it can be seen.
+fn is_nested(process: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status"));
+    status.is_ok_and(|status| has_several_numbers(&status))
+}
 
-    /// `NSpid` of proc(5): the thread's number in each namespace, the innermost last.
-    fn note(&mut self, status: &str) {
-        let line = status.lines().find_map(|l| l.strip_prefix("NSpid:"));
-        let numbers: Vec<u32> = line
-            .unwrap_or_default()
-            .split_whitespace()
-            .filter_map(|n| n.parse().ok())
-            .collect();
-        self.nested |= numbers.len() > 1;
-        self.own.extend(numbers.last());
-    }
+/// `NSpid` of proc(5): a number in each namespace, from ours inwards.
+fn has_several_numbers(status: &str) -> bool {
+    let numbers = status.lines().find_map(|l| l.strip_prefix("NSpid:"));
+    numbers.is_some_and(|numbers| numbers.split_whitespace().count() > 1)
 }
 
 fn is_vhost(thread: u32) -> bool {
@@ -236,11 +228,28 @@ pub(super) mod tests {
         assert_eq!(Origins::new(0).of(u32::MAX), Origin::Unclear);
     }
 
+    /// A list of the frontend's threads was up to a tenth of a second old once, and a thread that QEMU had begun since then to
+    /// read from a disk was nobody that was known.
+    #[test]
+    fn a_thread_that_was_begun_a_moment_ago_is_known() {
+        let mut origins = Origins::new(std::process::id());
+        assert_eq!(origins.of(1), Origin::Unclear, "init is no part of this");
+        let fresh = std::thread::spawn(move || {
+            let own = rustix::thread::gettid().as_raw_nonzero().get();
+            origins.of(u32::try_from(own).unwrap())
+        });
+        assert_eq!(fresh.join().unwrap(), Origin::Storing);
+    }
+
     #[test]
     fn numbers_of_a_nested_namespace_say_nothing_for_sure() {
-        let mut origins = Origins::new(0);
-        origins.note("Name:\tqemu\nNSpid:\t4711\t7\n");
-        assert_eq!(origins.of(7), Origin::Unclear);
-        assert!(!origins.own.contains(&4711));
+        assert!(has_several_numbers("Name:\tqemu\nNSpid:\t4711\t7\n"));
+        assert!(!has_several_numbers("Name:\tqemu\nNSpid:\t4711\n"));
+        let mut origins = Origins::new(std::process::id());
+        origins.nested = Some(true);
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        for thread in [u32::try_from(own).unwrap(), some_worker_number()] {
+            assert_eq!(origins.of(thread), Origin::Unclear);
+        }
     }
 }
