@@ -30,6 +30,9 @@ use crate::service_manager;
 /// How long a frontend may take for one step of the handshake.
 const HANDSHAKE_STEP: Duration = Duration::from_secs(30);
 
+/// How long the address space of a frontend that has died may still be there.
+const DEATH: Duration = Duration::from_secs(2);
+
 /// What all connections share.
 #[derive(Debug)]
 pub struct Offer {
@@ -200,11 +203,15 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
         let stopped = service.stop();
         // A switch of layers that is under way rests on nothing being mapped; the next frontend would map.
         drop(offer.switching());
-        stopped.give_back();
-        stopped.report();
-        if let Some(failure) = stopped.into_failure() {
+        if let Some(failure) = stopped.take_failure() {
             end = Err(failure);
         }
+        stopped.give_back(if has_hung_up(offer, &end) {
+            DEATH
+        } else {
+            Duration::ZERO
+        });
+        stopped.report();
         detach(offer);
         log::info!("frontend detached");
         service_manager::status("waiting for a virtual machine");
@@ -213,6 +220,21 @@ pub fn serve(offer: &Offer, stream: UnixStream) {
     if let Err(e) = end {
         log::warn!("connection ended: {}", chain(&e));
     }
+}
+
+/// Whether a session was ended by the frontend, as one does that dies. Of one that was ended here the frontend lives, and its
+/// guest waits for the next.
+fn has_hung_up(offer: &Offer, end: &Result<()>) -> bool {
+    let refused = |e: &Error| {
+        matches!(
+            e.kind(),
+            ErrorKind::Violation(_)
+                | ErrorKind::TimedOut
+                | ErrorKind::Backlog
+                | ErrorKind::Refused(_)
+        )
+    };
+    !offer.ending.load(Ordering::SeqCst) && !end.as_ref().is_err_and(refused)
 }
 
 fn detach(offer: &Offer) {

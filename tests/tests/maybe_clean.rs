@@ -19,6 +19,7 @@ use pcow_tests::backend::Backend;
 use pcow_tests::loop_mount::LoopMount;
 use pcow_tests::memory::Memory;
 use pcow_tests::scratch::{Scratch, store};
+use pcow_tests::strace::Strace;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -181,6 +182,24 @@ fn nothing_is_given_back_while_device_io_is_under_way() {
     drop((memory, frontend));
     let all: Vec<u64> = (0..CLUSTERS).collect();
     assert_eq!(data_clusters(&image), all);
+}
+
+/// It once asked for two seconds whether the frontend is gone whose session it had just ended, and the guest waited.
+#[test]
+fn a_backend_that_is_asked_to_end_does_not_wait_for_the_frontend_to_die() {
+    let scratch = Scratch::new();
+    let image = clone(&scratch);
+    let mut backend = Backend::start(&image, &[]);
+    let frontend = attach(&backend);
+    let memory = Memory::new(frontend.region());
+    touch_all(&memory);
+    // Keeps it from giving back before it ends the session.
+    let _io = frontend.bounces().begin_io();
+    let strace = Strace::kill_at(backend.pid(), "nanosleep,clock_nanosleep", 1);
+    assert!(backend.terminate().success(), "it sleeps");
+    strace.end();
+    let kept = "the frontend's memory is still there";
+    assert!(backend.log().iter().any(|line| line.contains(kept)));
 }
 
 #[test]

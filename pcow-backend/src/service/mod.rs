@@ -51,8 +51,8 @@ use reclaim::Reclaimer;
 /// Threads that read and resolve. One leads, the others may all wait for a disk.
 const CREW: usize = 4;
 
-/// How long the address space of a frontend that has gone may still be there.
-const ORPHANED: Duration = Duration::from_secs(2);
+/// How often it is asked whether an address space is gone.
+const ORPHANED_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Limits that the operator sets.
 #[derive(Debug, Clone, Copy)]
@@ -343,14 +343,14 @@ impl FaultService {
 pub struct Stopped(Arc<Shared>);
 
 impl Stopped {
-    /// Gives back what was only read, if the frontend's address space is gone: mappings outlive a session, and a guest may
-    /// go on storing through them.
-    pub fn give_back(&self) {
+    /// Gives back what was only read, if the frontend's address space is gone within `patience`: mappings outlive a session,
+    /// and a guest may go on storing through them.
+    pub fn give_back(&self, patience: Duration) {
         let bytes = self.0.disk.maybe_clean_bytes();
         if bytes == 0 {
             return;
         }
-        if self.is_orphaned() {
+        if self.is_orphaned(patience) {
             reclaim::give_back_unmapped(&self.0);
         } else {
             // The next frontend knows nothing of this one's mappings.
@@ -364,13 +364,13 @@ impl Stopped {
 
     /// A process closes its sockets after it has left its address space, but others may keep that for a moment: a kernel
     /// worker, or who reads its files in /proc.
-    fn is_orphaned(&self) -> bool {
-        let deadline = Instant::now() + ORPHANED;
+    fn is_orphaned(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
         loop {
             let orphaned = self.0.uffd.is_orphaned(self.0.base, bounces::PAGE_BYTES);
             match orphaned {
                 Ok(true) => return true,
-                Ok(false) if Instant::now() < deadline => std::thread::sleep(ORPHANED / 100),
+                Ok(false) if Instant::now() < deadline => std::thread::sleep(ORPHANED_INTERVAL),
                 Ok(false) => return false,
                 Err(e) => {
                     log::warn!("{e}: nothing is given back");
@@ -410,8 +410,8 @@ impl Stopped {
         );
     }
 
-    /// Why the session ended, if not by the frontend's own wish.
-    pub fn into_failure(self) -> Option<Error> {
+    /// Why the session ended, if not by the frontend's own wish. Told once.
+    pub fn take_failure(&self) -> Option<Error> {
         self.0.failure().take()
     }
 }
