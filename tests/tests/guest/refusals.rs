@@ -81,6 +81,11 @@ const REFUSED: &[(&str, &str)] = &[
         "-device nvdimm,memdev=pm,label-size=128K: 'label-size' is not supported with memdev pm: \
          labels would not survive a power failure",
     ),
+    (
+        "-object memory-backend-pcow,id=pm,chardev=c0 -device nvme,serial=1,pmrdev=pm",
+        "-device nvme,serial=1,pmrdev=pm: memory-backend-pcow 'pm' needs bounce=off for this device, which has the kernel \
+         store into it without telling",
+    ),
 ];
 
 #[test]
@@ -112,6 +117,22 @@ fn who_set_prealloc_without_naming_this_memory_is_told_how() {
     let object = "-mem-prealloc -object memory-backend-pcow,id=pm,chardev=c0";
     let said = refusal(&backend, object);
     assert!(said.contains("-mem-prealloc sets it for every"), "{said}");
+}
+
+#[test]
+fn a_persistent_memory_region_of_an_nvme_controller_starts_without_bounces() {
+    let scratch = Scratch::new();
+    let backend = Backend::start(&scratch.image("image", SIZE, CLUSTER), &[]);
+    let machine = Qemu::new().chardev(backend.socket()).args(&[
+        "-object",
+        "memory-backend-pcow,id=pm,chardev=c0,bounce=off",
+        "-device",
+        "nvme,serial=1,pmrdev=pm",
+        "-S",
+    ]);
+    let mut running = machine.start();
+    running.qmp().command("quit");
+    assert!(running.wait().success());
 }
 
 #[test]
