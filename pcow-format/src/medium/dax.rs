@@ -87,33 +87,51 @@ impl Drop for SyncMapping {
     }
 }
 
+/// Pages of a file that are mapped for reading, and never read by this program itself.
+struct Pages {
+    base: NonNull<u8>,
+    length: usize,
+}
+
+impl Pages {
+    fn map(file: &File, range: Range<u64>, flags: libc::c_int) -> io::Result<Self> {
+        let length = len(range.end - range.start);
+        let offset = i64::try_from(range.start).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ,
+                flags,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        Ok(Self { base, length })
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: exactly the range that `map` mapped; no pointer into it outlives self.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
 /// Writes back what the CPU's caches hold of `range` of `file`, which is whole pages, and waits for it. Stores nothing: others may
 /// store there meanwhile.
 pub(crate) fn write_back_range(file: &File, range: Range<u64>) -> io::Result<()> {
-    let length = len(range.end - range.start);
-    let offset = i64::try_from(range.start).map_err(io::Error::other)?;
-    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open; nothing reads from it.
-    let base = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            offset,
-        )
-    };
-    if base == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    for line in (0..length).step_by(LINE_BYTES) {
-        if let Some(address) = NonNull::new(base.cast::<u8>().wrapping_add(line)) {
-            cache::write_back(address);
-        }
+    let pages = Pages::map(file, range, libc::MAP_SHARED)?;
+    for line in (0..pages.length).step_by(LINE_BYTES) {
+        // SAFETY: line < length, so the result stays inside the mapping, which lives until the end of this function.
+        cache::write_back(unsafe { pages.base.add(line) });
     }
     fence();
-    // SAFETY: exactly the range that was mapped above; no pointer into it is left.
-    unsafe { libc::munmap(base, length) };
     Ok(())
 }
 
@@ -127,35 +145,19 @@ const LINE_BYTES: usize = 64;
 /// A mapping that was refused for a reason of this process says nothing of the file. A DAX file that were taken for one in the
 /// page cache would be mapped without `MAP_SYNC`, and what the guest flushes lost.
 pub(crate) fn is_dax(file: &File) -> io::Result<bool> {
-    const PROBE_BYTES: usize = 4096;
+    const PROBE_BYTES: u64 = 4096;
     Ok(can_write_back() && grants_synchronous(file, PROBE_BYTES)?)
 }
 
 /// Asks the kernel by making a mapping of `length` bytes. For reading, since that is all that an image served read-only may do.
-fn grants_synchronous(file: &File, length: usize) -> io::Result<bool> {
-    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; the fd is open; nothing reads from it.
-    let pages = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            libc::PROT_READ,
-            libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC,
-            file.as_raw_fd(),
-            0,
-        )
-    };
-    if pages == libc::MAP_FAILED {
-        let refused = io::Error::last_os_error();
-        return match refused.raw_os_error() {
-            // The filesystem, or the device below it, has no synchronous mappings (mmap(2)); kernels before 4.15 have none.
-            Some(libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
-            // The limits of address space, of mappings or of locked memory (ENOMEM, EAGAIN), for example: looked at first.
-            _ => Err(refused),
-        };
+fn grants_synchronous(file: &File, length: u64) -> io::Result<bool> {
+    match Pages::map(file, 0..length, libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC) {
+        Ok(_) => Ok(true),
+        // The filesystem, or the device below it, has no synchronous mappings (mmap(2)); kernels before 4.15 have none. Looked at
+        // first are the limits of address space, of mappings or of locked memory (ENOMEM, EAGAIN), for example.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) => Ok(false),
+        Err(e) => Err(e),
     }
-    // SAFETY: exactly the range that was mapped above; no pointer into it exists.
-    unsafe { libc::munmap(pages, length) };
-    Ok(true)
 }
 
 pub(crate) use cache::{can_write_back, fence};
@@ -266,6 +268,8 @@ mod cache {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     /// Every failure was once taken for "in the page cache", so that an image on DAX that was opened at the limit of address
@@ -279,5 +283,18 @@ mod tests {
         // More than any address space has.
         let refused = grants_synchronous(&file, 1 << 62).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::ENOMEM));
+    }
+
+    /// The page cache serves as well: the instruction is the same.
+    #[test]
+    fn writing_a_range_back_changes_nothing() {
+        let file = rustix::fs::memfd_create("pcow-test", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(file.unwrap());
+        let content = vec![0x5a; 3 * 4096];
+        file.write_all_at(&content, 0).unwrap();
+        write_back_range(&file, 4096..3 * 4096).unwrap();
+        let mut found = vec![0; content.len()];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert_eq!(found, content);
     }
 }
