@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # Loads all of the persistent memory, stores other bytes everywhere when it is told to, and tells their sum.
 set -eu
-dd if=/dev/pmem0 of=/dev/null bs=1M 2>/dev/null
+load /dev/pmem0 >/dev/null
 dd if=/dev/urandom of=/tmp/new bs=1M count=16 2>/dev/null
 echo loaded
 read -r line

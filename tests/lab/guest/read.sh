@@ -2,5 +2,5 @@
 # Loads all of every persistent memory, and tells the sums.
 set -eu
 for disk in /dev/pmem*; do
-    echo "sum: $(dd if="$disk" bs=1M 2>/dev/null | md5sum)"
+    echo "sum: $(load "$disk" | md5sum)"
 done

@@ -3,10 +3,10 @@
 
 STATISTICS=/sys/kernel/debug/kvm
 
-# Notes the most entries of 2 MiB that a guest has had, until the guest is over.
+# Notes the most entries of 2 MiB that a guest has had, until the guest is over, or the step.
 watch_huge_pages() {
     most=0
-    while [ ! -e /tmp/guest.over ]; do
+    while [ ! -e /tmp/guest.over ] && kill -0 $$ 2>/dev/null; do
         now=$(cat "$STATISTICS"/*-*/pages_2m 2>/dev/null | sort -n | tail -n 1)
         if [ "${now:-0}" -gt "$most" ]; then most=$now; fi
         echo "$most" >/tmp/huge
