@@ -7,9 +7,11 @@
 # Preparations are steps that are never left out.
 #
 # LAB_AFTER is the last step that a lab host before this one, which died, has ended: what comes up to there is not done again.
+# LAB_TRIED is the step at which it died.
 
 REPORTS=/dev/ttyS1
-STEP_SECONDS=1800
+# Longer than GUEST_SECONDS of steps/guest.sh, shorter than PATIENCE of xtask: whoever is nearest to what hangs says so.
+STEP_SECONDS=1200
 LOST_GUEST=75
 passed=0
 failed=0
@@ -22,15 +24,16 @@ report() {
 
 # run NAME FUNCTION [ARGUMENT]...
 #
-# A step of which the emulator has lost a guest (see guest.sh) is run once more; no other one is.
+# A step of which the emulator has lost a guest (see steps/guest.sh) is tried a second time; no other one is, and none a third
+# time, nor a second time here if a lab host died at it.
 run() {
     name=$1
     shift
     echo "== $name"
     entries=$(ls /dax)
     attempt "$@"
-    if [ "$status" = "$LOST_GUEST" ]; then
-        echo "the emulator has lost the guest, as it does now and then; the step once more"
+    if try_was_lost && [ "$name" != "${LAB_TRIED:-}" ]; then
+        echo "the step a second time"
         remove_all_but "$entries"
         attempt "$@"
     fi
@@ -46,12 +49,20 @@ run() {
     return 1
 }
 
-# attempt FUNCTION [ARGUMENT]...
+# attempt FUNCTION [ARGUMENT]...: one try of the step $name.
 attempt() {
+    report "LAB-TRY $name"
+    rm -f /tmp/lost
     status=0
     timeout -s KILL "$STEP_SECONDS" sh -eu /lab/steps.sh "$@" </dev/null 2>&1 || status=$?
     # What the step has left running would disturb the next one.
     if [ "$status" != 0 ]; then killall -q -KILL qemu-system-x86_64 pcow-backend; fi
+    if try_was_lost; then report "LAB-LOST $name $(cat /tmp/lost)"; fi
+}
+
+# Whether the emulator has lost a guest of the last try, and the try said how.
+try_was_lost() {
+    [ "$status" = "$LOST_GUEST" ] && [ -s /tmp/lost ]
 }
 
 # What a step has made on the filesystem would be in its own way.

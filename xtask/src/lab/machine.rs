@@ -23,9 +23,9 @@ use crate::run;
 /// Persistent memory of the lab host: the filesystems under test.
 const NVDIMM_BYTES: u64 = 2 << 30;
 
-/// The lab host ends a step that takes longer than ten minutes; when it says nothing for longer,
-/// it hangs.
-const PATIENCE: Duration = Duration::from_secs(900);
+/// The lab host reports each try of a step, and ends one that takes longer than twenty minutes (STEP_SECONDS of
+/// `tests/lab/host.sh`); when it says nothing for longer, it hangs.
+const PATIENCE: Duration = Duration::from_secs(1500);
 
 /// A lab host that is not running yet.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Machine<'_> {
     /// Runs it to its end, with each line of the reports given to `each`.
     ///
     /// # Errors
-    /// QEMU cannot be started, fails, or says nothing for fifteen minutes.
+    /// QEMU cannot be started, fails, or says nothing for 25 minutes.
     pub fn run(&self, mut each: impl FnMut(&str)) -> Result<()> {
         self.run_until(|line| {
             each(line);

@@ -6,6 +6,7 @@
 //! QEMU boots a guest of its own under KVM.
 
 mod contents;
+mod losses;
 mod machine;
 mod power;
 mod programs;
@@ -29,7 +30,7 @@ use crate::run::{self, Log};
 
 use contents::Contents;
 use machine::Machine;
-use report::{Report, tail_of};
+use report::{Report, Resumption, tail_of};
 
 pub use report::Value;
 
@@ -243,9 +244,10 @@ impl<'a> Lab<'a> {
     }
 }
 
-/// Runs the steps, and returns what was measured. Where a lab host dies, another one goes on with the step that it was at, but
-/// not twice at one step: the emulator's SVM returns from a guest with a wrong state now and then, and the lab host's kernel dies
-/// of it. No program can bring a kernel down, so that this hides no fault of theirs. A step that fails stays failed.
+/// Runs the steps, and returns what was measured. Where a lab host dies, another one goes on with the step that it was at: the
+/// emulator's SVM returns from a guest with a wrong state now and then, and the lab host's kernel dies of it. What is tested
+/// could bring a kernel down, too, or reset a guest. Therefore no step is tried more than twice, each second try is told, and
+/// there may not be many ([`losses`]). A step that fails stays failed.
 fn run_to_the_end(mut machine: Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
     let begin = Instant::now();
     let environment = machine.environment.clone();
@@ -266,21 +268,26 @@ fn run_to_the_end(mut machine: Machine<'_>, release: &'static str) -> Result<Vec
         if !report.is_cut_off() {
             break Some(fault);
         }
-        let Some(last) = report.go_on() else {
-            break Some(format!("{fault}; twice a lab host died there"));
+        let Some(Resumption { after, tried }) = report.go_on() else {
+            eprintln!("  the lab host died; there is no other try");
+            break report.fault();
         };
-        machine.environment = format!("{environment} LAB_AFTER={last}");
+        machine.environment = format!("{environment} LAB_AFTER={after} LAB_TRIED={tried}");
         let log = machine
             .log
             .with_extension(format!("{}.log", logs.len() + 1));
         fs::rename(&machine.log, &log).map_err(Error::file("rename", &machine.log))?;
         eprintln!(
-            "  the lab host died, as emulated ones do now and then; another one goes on (what it said is in {})",
+            "  the lab host died at {tried}; another one tries that a second time (what this one said is in {})",
             log.display()
         );
         logs.push(log);
     };
-    eprintln!("  in all {}", run::seconds(begin.elapsed()));
+    eprintln!(
+        "  in all {}; {}",
+        run::seconds(begin.elapsed()),
+        report.losses()
+    );
     let Some(fault) = fault else {
         return Ok(report.into_values());
     };
@@ -292,11 +299,12 @@ fn run_steps(machine: &Machine<'_>, report: &mut Report) -> Result<()> {
     let mut last = Instant::now();
     machine.run(|line| {
         if let Some(step) = report.take(line) {
-            let outcome = if step.passed { "ok" } else { "FAILED" };
             eprintln!(
-                "  {:<32}{outcome:<8}{}",
+                "  {:<32}{:<8}{}{}",
                 step.name,
-                run::seconds(last.elapsed())
+                step.outcome(),
+                run::seconds(last.elapsed()),
+                step.remark()
             );
             last = Instant::now();
         }

@@ -17,6 +17,7 @@ use std::time::Instant;
 use crate::boot::Boot;
 use crate::cache;
 use crate::error::{Error, Result};
+use crate::lab::losses::{DEATH, Losses, remark};
 use crate::lab::machine::{End, Machine};
 use crate::lab::report::Report;
 use crate::lab::verdict::{Promise, Records};
@@ -129,14 +130,22 @@ pub fn run(lab: &Lab<'_>, release: &'static str, steps: &[String]) -> Result<()>
         "the lab host with the kernel of {release} loses its power; its logs are in {}",
         folder.display()
     );
-    let failed = cases.into_iter().filter(|case| !host.passes(*case)).count();
+    let mut losses = Losses::default();
+    let failed = cases
+        .into_iter()
+        .filter(|case| !host.passes(*case, &mut losses))
+        .count();
+    eprintln!("  {losses}");
     // They take much space; the logs stay.
     cache::remove_folder(&work)?;
-    if failed == 0 {
+    let failed = (failed > 0).then(|| format!("{failed} cases"));
+    let faults: Vec<String> = failed.into_iter().chain(losses.fault()).collect();
+    if faults.is_empty() {
         return Ok(());
     }
     Err(Error::Failed(format!(
-        "{failed} cases of power loss with the kernel of {release}"
+        "power loss with the kernel of {release}: {}",
+        faults.join("; ")
     )))
 }
 
@@ -151,30 +160,34 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// Runs a case, once more if the lab host's kernel panicked (see [`super::run_to_the_end`]), and says how it ended.
-    fn passes(&self, case: Case) -> bool {
+    /// Runs a case, a second time if the lab host's kernel panicked (see [`super::run_to_the_end`]), and says how it ended.
+    fn passes(&self, case: Case, losses: &mut Losses) -> bool {
         let begin = Instant::now();
-        let mut outcome = self.run(case);
+        let mut outcome = self.run(case, losses);
+        let is_first = losses.first_of(&case.name()).is_none();
         if outcome.is_err() && PHASES.iter().any(|p| has_panicked(&self.log(case, p))) {
-            eprintln!("the lab host's kernel panicked; once more");
-            outcome = self.run(case);
+            losses.add(&case.name(), DEATH);
+            if is_first {
+                outcome = self.run(case, losses);
+            }
         }
         let name = case.name();
         let time = run::seconds(begin.elapsed());
+        let remark = remark(losses.first_of(&name));
         match outcome {
             Ok(summary) => {
-                eprintln!("  {name:<24}ok      {time:<14}{summary}");
+                eprintln!("  {name:<24}ok      {time:<14}{summary}{remark}");
                 true
             }
             Err(error) => {
-                eprintln!("  {name:<24}FAILED  {time}");
+                eprintln!("  {name:<24}FAILED  {time}{remark}");
                 crate::report(&error);
                 false
             }
         }
     }
 
-    fn run(&self, case: Case) -> Result<String> {
+    fn run(&self, case: Case, losses: &mut Losses) -> Result<String> {
         // What the last run said is none of this one's.
         for phase in PHASES {
             let log = self.log(case, phase);
@@ -186,7 +199,7 @@ impl Host<'_> {
             .map_err(Error::file("create", &disk))?;
         let mut records = Records::default();
         self.write_until_killed(case, &mut records)?;
-        self.verify(case, &mut records)?;
+        self.verify(case, &mut records, losses)?;
         let summary = format!(
             "killed after {} acknowledgements; {}",
             records.acknowledgements(),
@@ -207,7 +220,7 @@ impl Host<'_> {
     fn write_until_killed(&self, case: Case, records: &mut Records) -> Result<()> {
         let goal = random(ACKNOWLEDGEMENTS);
         let mut report = Report::default();
-        let ended = self.start(case, "write", |machine| {
+        let ended = self.start(case, "write", "", |machine| {
             machine.run_until(|line| {
                 report.take(line);
                 records.take(line, case.device.promise());
@@ -227,14 +240,19 @@ impl Host<'_> {
     }
 
     /// Boots again, and takes in what is there.
-    fn verify(&self, case: Case, records: &mut Records) -> Result<()> {
+    fn verify(&self, case: Case, records: &mut Records, losses: &mut Losses) -> Result<()> {
         let mut report = Report::default();
-        let ended = self.start(case, "verify", |machine| {
+        let name = case.name();
+        // The guest of a second try of the case has no second try of its own.
+        let first = losses.first_of(&name);
+        let tried = first.map_or(String::new(), |_| format!("{name}/guest"));
+        let ended = self.start(case, "verify", &tried, |machine| {
             machine.run(|line| {
                 report.take(line);
                 records.take(line, case.device.promise());
             })
         });
+        losses.add_all(&name, report.losses());
         let fault = match (report.fault(), ended) {
             (None, Ok(())) => return Ok(()),
             (Some(fault), Ok(())) => fault,
@@ -245,13 +263,20 @@ impl Host<'_> {
             self.release,
             &[self.log(case, "verify")],
             &report,
-            format!("{}: {fault}", case.name()),
+            format!("{name}: {fault}"),
         ))
     }
 
-    fn start<T>(&self, case: Case, phase: &str, run: impl FnOnce(&Machine<'_>) -> T) -> T {
+    /// Starts the lab host, where the step `tried` has only one try.
+    fn start<T>(
+        &self,
+        case: Case,
+        phase: &str,
+        tried: &str,
+        run: impl FnOnce(&Machine<'_>) -> T,
+    ) -> T {
         let environment = format!(
-            "LAB_FORM=power-{phase} LAB_FILESYSTEM={} LAB_DEVICE={}",
+            "LAB_FORM=power-{phase} LAB_FILESYSTEM={} LAB_DEVICE={} LAB_TRIED={tried}",
             case.filesystem,
             case.device.name()
         );
