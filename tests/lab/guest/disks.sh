@@ -11,5 +11,5 @@ for file in a b c; do
     rm /tmp/read
     echo "sum: $(md5sum <"/mnt/$file")"
 done
-dmesg | grep 'I/O error' && exit 1
+if dmesg | grep 'I/O error'; then exit 1; fi
 umount /mnt

@@ -19,4 +19,4 @@ mount -o dax,noinit_itable /dev/pmem0 /mnt
 guest_io records count /mnt/first 1
 guest_io records count /mnt/second 2
 umount /mnt
-! dmesg | grep -E 'EXT4-fs (error|warning)|JBD2: .*(error|checksum)|I/O error|BUG:|Oops'
+if dmesg | grep -E 'EXT4-fs (error|warning)|JBD2: .*(error|checksum)|I/O error|BUG:|Oops'; then exit 1; fi

@@ -28,4 +28,4 @@ guest_io records count /mnt/second 2
 guest_io records count /mnt/third 3
 umount /mnt
 # A filesystem goes on after some errors, and only says so.
-! dmesg | grep -E 'EXT4-fs (error|warning)|I/O error|[Hh]ardware [Ee]rror|BUG:|Oops'
+if dmesg | grep -E 'EXT4-fs (error|warning)|I/O error|[Hh]ardware [Ee]rror|BUG:|Oops'; then exit 1; fi

@@ -123,7 +123,7 @@ pinning_devices_are_refused() {
     # Without the image the device is taken.
     printf '%s\n' '{"execute": "qmp_capabilities"}' '{"execute": "quit"}' |
         try_qemu -device "$device"
-    ! grep 'QEMU ended with' /tmp/said
+    if grep 'QEMU ended with' /tmp/said; then fail "the device is not taken"; fi
     try_qemu -object "$memory" -device "$device" </dev/null
     grep 'vfio .*: Cannot set discarding of RAM broken' /tmp/said
     grep 'QEMU ended with 1' /tmp/said
