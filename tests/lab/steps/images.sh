@@ -122,15 +122,21 @@ guest_sees_a_rollback() {
     rm -r "$image"
 }
 
-# assert_shared IMAGE BEFORE LOG MIB: loads of all of the disk of MIB have allocated under one in a hundred
-# of its clusters. A load is taken for a store when the host runs the worker too late, which is given back
-# when the guest has ended; on any host that has to be the exception.
+# Clusters of a small disk whose loads may be taken for stores beside one in a hundred: when the host is busy, some of
+# KVM's workers run too late, a handful in any guest, of however many clusters.
+LATE_WORKERS=16
+
+# assert_shared IMAGE BEFORE LOG MIB: loads of all of the disk of MIB have allocated under one in a hundred of its
+# clusters: by the session's counters before anything was given back, and on disk when the guest has ended.
 assert_shared() {
     growth=$(($(taken "$1") - $2))
     copied=$(($(logged "taken for stores" "$3") + $(logged "copied on touch" "$3")))
-    echo "$1 has grown by $growth KiB, of $4 MiB that were loaded; $copied clusters were copied for a while"
+    clusters=$(($4 * 16))
+    late=$LATE_WORKERS
+    if [ "$4" -ge 512 ]; then late=0; fi
+    echo "$1 has grown by $growth KiB, of $4 MiB that were loaded; $copied clusters of $clusters were copied for a while"
     [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "loads have allocated"
-    [ $((copied * 4)) -lt $(($4 * 16)) ] || fail "loads were taken for stores"
+    [ $((copied * 100)) -lt $((clusters + late * 100)) ] || fail "loads were taken for stores"
 }
 
 # guest_reads_without_allocating MIB: an empty disk and one with a full base, of MIB each. A kernel worker

@@ -17,15 +17,17 @@ pub fn an_empty_image_is_read_and_nothing_allocated(setting: &Setting) {
     read_with_bounces(&TestImage::empty(setting.base.bytes));
 }
 
-/// A busy host may run a kernel thread too late for its bounce: that load is taken for a store, which is the exception,
-/// and given back at the end.
+/// A busy host may run a kernel thread too late for its bounce: that load is taken for a store. Such are under one in a hundred
+/// of the clusters. The backend ends first, so that nothing of them is given back.
 fn read_with_bounces(image: &TestImage) {
     let mut session = Session::start(image, WITH_BOUNCES);
     load_all(&mut session.machine, image.content);
     let counts = session.end_backend_first();
     let unknown = counts.unknown;
     assert!(unknown.bounced > 0, "{counts:?}");
-    assert!(unknown.taken_for_stores * 4 < unknown.bounced, "{counts:?}");
+    let allocated = unknown.taken_for_stores + unknown.copied_on_touch;
+    assert!(allocated * 100 < image.bytes / CLUSTER, "{counts:?}");
+    assert_eq!(unknown.given_back, 0, "{counts:?}");
     expect_read_only(image);
 }
 
