@@ -6,7 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -94,11 +94,19 @@ impl Served {
         }
     }
 
-    /// What the kernel did to the data file meanwhile.
+    /// What the kernel did meanwhile to the image: its data, its map, its other files, its directory.
     fn traced(&self, work: impl FnOnce()) -> Seen {
-        let inode = self.data.metadata().unwrap().ino();
+        let inode = |path: &Path| path.metadata().unwrap().ino();
+        let image = self.data.parent().unwrap();
+        let entries = image.read_dir().unwrap();
+        let mut of_image: Vec<u64> = entries.map(|e| e.unwrap().ino()).collect();
+        of_image.push(inode(image));
+        let data = inode(&self.data);
         let mut events = Trace::new(EVENTS).during(work);
-        events.retain(|e| e.is_about(inode));
+        // Of the map, too, a page may be touched for the first time; what is promised of faults are those of the data.
+        events.retain(|e| {
+            e.is_about(data) || is_commit(e) && of_image.iter().any(|inode| e.is_about(*inode))
+        });
         Seen(events)
     }
 
@@ -108,7 +116,12 @@ impl Served {
     }
 }
 
-/// Events about one file.
+/// Whether somebody waited for a commit of the filesystem's journal.
+fn is_commit(event: &Event) -> bool {
+    ["ext4_sync_file_enter", "xfs_file_fsync"].contains(&&*event.name)
+}
+
+/// Faults of an image's data, and commits of all its files.
 #[derive(Debug)]
 struct Seen(Vec<Event>);
 
@@ -126,9 +139,8 @@ impl Seen {
         self.count("dax_pte_fault_done", "")
     }
 
-    /// Commits that somebody waited for.
     fn commits(&self) -> usize {
-        self.count("ext4_sync_file_enter", "") + self.count("xfs_file_fsync", "")
+        self.0.iter().filter(|event| is_commit(event)).count()
     }
 }
 
@@ -225,6 +237,22 @@ fn a_fault_in_storage_that_is_only_reserved_waits_for_a_commit() {
     let served = Served::new(&path);
     let seen = served.traced(|| served.touch(0, PAGE));
     assert!(seen.commits() > 0, "{seen:?}");
+}
+
+/// The control for the files that a fault of the data would not show: a commit of the map is seen, and one of the directory.
+#[test]
+fn a_commit_of_any_file_of_an_image_is_seen() {
+    let scratch = Scratch::new();
+    let path = image(&scratch, None);
+    let served = Served::new(&path);
+    served.touch(0, PAGE);
+    let map = served.data.with_extension("map");
+    for file in [&map, &path.join("image.json"), &path] {
+        let seen = served.traced(|| File::open(file).unwrap().sync_data().unwrap());
+        assert_eq!(seen.commits(), 1, "{}: {seen:?}", file.display());
+    }
+    let seen = served.traced(|| ());
+    assert_eq!(seen.commits(), 0, "{seen:?}");
 }
 
 #[test]
