@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # Makes a DAX filesystem on the persistent memory and writes files with their checksums.
 # $1: name of the first file
+# $2: "wait" for a line on the console, with all of that mapped
 set -eu
 cat /sys/block/pmem0/size
 grep -m1 -o -w hypervisor /proc/cpuinfo
@@ -14,5 +15,6 @@ dd if=/dev/urandom of=other bs=64k count=64 2>/dev/null
 echo "written: $(du -k "$1" other | awk '{ kib += $1 } END { print kib }')"
 sha256sum "$1" other >sums
 echo "sums: $(sha256sum <sums)"
+if [ "${2:-}" = wait ]; then read -r line; fi
 cd /
 umount /mnt
