@@ -128,7 +128,11 @@ tests_on_filesystem() {
         step "$fs/live" guest_is_snapshotted 5
         step "$fs/live-off-dax" snapshot_off_dax_is_refused "$fs"
         # Minutes, for what does not depend on the filesystem.
-        if [ "$fs" = ext4 ]; then step "$fs/reading-all" guest_reads_without_allocating 512; fi
+        if [ "$fs" = ext4 ]; then
+            step "$fs/reading-all" guest_reads_without_allocating 512
+            step "$fs/reading-no-bounce" guest_reads_without_bounces 64
+            step "$fs/reading-exact" guest_reads_exactly 64
+        fi
         step "$fs/clones" guests_change_clones
         step "$fs/disks" disks_read_into_dax_memory
         step "$fs/network" network_sends_from_dax_memory

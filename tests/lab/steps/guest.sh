@@ -14,8 +14,9 @@ LOST_GUEST=75
 backend_program=pcow-backend
 persistence='DAX: what the guest flushes is durable'
 
-# The device that a guest has for each image.
+# The device that a guest has for each image, and more options of its memory, with a comma before each.
 memory_device=nvdimm
+memory_options=
 
 # start_backend N IMAGE: the backend number N, with its socket and its log in /tmp.
 start_backend() {
@@ -122,7 +123,7 @@ run_qemu() {
     for image in $images; do
         start_backend "$number" "$image"
         set -- "$@" -chardev "socket,id=c$number,path=/tmp/backend$number.sock" \
-            -object "memory-backend-pcow,id=pm$number,chardev=c$number" \
+            -object "memory-backend-pcow,id=pm$number,chardev=c$number$memory_options" \
             -device "$memory_device,memdev=pm$number"
         number=$((number + 1))
     done
@@ -130,12 +131,12 @@ run_qemu() {
     open_monitor
     rm -f /tmp/silent
     watch_guest &
-    watcher=$!
+    listener=$!
     status=0
     # shellcheck disable=SC2086 # one argument per word
     boot_machine $monitor "$@" <"$input" >/tmp/guest.log 2>&1 || status=$?
-    kill "$watcher"
-    wait "$watcher" || true
+    kill "$listener"
+    wait "$listener" || true
     find_loss
     if [ "$status" != 0 ] && [ -z "$loss" ]; then echo "QEMU ended with $status" >>/tmp/guest.log; fi
     end_beside
@@ -203,7 +204,7 @@ find_loss() {
 }
 
 # guest IMAGES SCRIPT [WORD]...: boots a guest, whose script has to succeed. $machine has more arguments
-# for QEMU.
+# for QEMU; the last one of a kind counts.
 machine=
 guest() {
     images=$1

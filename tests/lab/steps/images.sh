@@ -27,11 +27,32 @@ assert_grown_little() {
     [ "$growth" -le $((written + written / 4 + 8192)) ] || fail "more than the allowance"
 }
 
+# Keeps what the kernel tells of QEMU's mappings when the guest has written everything, and lets the guest go on.
+keep_mappings() {
+    wait_for_guest '^sums: '
+    cat "/proc/$(pidof qemu-system-x86_64)/smaps" >/tmp/smaps
+    echo go
+}
+
+# QEMU had mapped an image's data for stores, and synchronously (MAP_SYNC) wherever it had.
+assert_synchronous() {
+    awk '/^[0-9a-f]+-[0-9a-f]+ / { counts = $2 ~ /^.w/ && $6 ~ /[.]data$/ }
+        counts && /^VmFlags:/ { all++; if (/ sf( |$)/) synchronous++ }
+        END { print all + 0, synchronous + 0 }' /tmp/smaps >/tmp/counts
+    read -r all synchronous </tmp/counts
+    echo "QEMU has mapped data for stores at $all places, $synchronous of them synchronously"
+    [ "$all" -gt 0 ] || fail "no data is mapped for stores"
+    [ "$synchronous" = "$all" ] || fail "a mapping is not synchronous"
+}
+
 guest_boots_twice() {
     rm -rf "$BASE"
     pcow-img create --allocation-unit 64K "$BASE" 128M
     empty=$(taken "$BASE")
-    guest "$BASE" write one
+    beside=keep_mappings
+    guest "$BASE" write one wait
+    beside=
+    assert_synchronous
     assert_grown_little "$BASE" "$empty"
     sums=$(told sums)
     guest "$BASE" verify one
@@ -139,24 +160,72 @@ assert_shared() {
     [ $((copied * 100)) -lt $((clusters + late * 100)) ] || fail "loads were taken for stores"
 }
 
-# guest_reads_without_allocating MIB: an empty disk and one with a full base, of MIB each. A kernel worker
-# asks for write access in place of a vCPU that loads; BOUNCE of protocol.md tells it from a store.
-guest_reads_without_allocating() {
+EMPTY=$DAX/empty.pcow
+FULL=$DAX/full.pcow
+
+# read_disks MIB: a guest loads all of an empty disk and of one with a full base, of MIB each.
+read_disks() {
     mib=$1
-    empty=$DAX/empty.pcow
-    clone=$DAX/full.pcow
     dd if=/dev/urandom of="$DAX/full.raw" bs=1M count="$mib" 2>/dev/null
-    pcow-img create --allocation-unit 64K "$empty" "${mib}M"
-    pcow-img create --allocation-unit 64K --base "$DAX/full.raw" --base-format raw "$clone"
-    empty_before=$(taken "$empty")
-    clone_before=$(taken "$clone")
-    guest "$empty $clone" read
+    pcow-img create --allocation-unit 64K "$EMPTY" "${mib}M"
+    pcow-img create --allocation-unit 64K --base "$DAX/full.raw" --base-format raw "$FULL"
+    empty_before=$(taken "$EMPTY")
+    full_before=$(taken "$FULL")
+    guest "$EMPTY $FULL" read
     told sum | sort >/tmp/told
     for disk in "$DAX/full.raw" /dev/zero; do
         dd if="$disk" bs=1M count="$mib" 2>/dev/null | md5sum
     done | sort >/tmp/expected
     cmp /tmp/told /tmp/expected
-    assert_shared "$empty" "$empty_before" /tmp/backend0.log "$mib"
-    assert_shared "$clone" "$clone_before" /tmp/backend1.log "$mib"
-    rm -r "$empty" "$clone" "$DAX/full.raw"
+}
+
+# assert_disks ASSERTION: of each of the disks that were read.
+assert_disks() {
+    "$1" "$EMPTY" "$empty_before" /tmp/backend0.log "$mib"
+    "$1" "$FULL" "$full_before" /tmp/backend1.log "$mib"
+    rm -r "$EMPTY" "$FULL" "$DAX/full.raw"
+}
+
+# guest_reads_without_allocating MIB: a kernel worker asks for write access in place of a vCPU that loads; BOUNCE of
+# protocol.md tells it from a store.
+guest_reads_without_allocating() {
+    read_disks "$1"
+    assert_disks assert_shared
+}
+
+# assert_given_back IMAGE BEFORE LOG MIB: loads of all of the disk have copied or allocated nearly all of it, and nearly
+# all of that was given back.
+assert_given_back() {
+    growth=$(($(taken "$1") - $2))
+    copied=$(logged "copied on touch" "$3")
+    echo "$1 has grown by $growth KiB, of $4 MiB that were loaded; $copied touches have copied"
+    [ "$(logged bounced "$3")" = 0 ] || fail "there were bounces"
+    [ "$copied" -gt $(($4 * 16 / 2)) ] || fail "loads have not copied"
+    [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "what was only read was not given back"
+}
+
+# guest_reads_without_bounces MIB
+guest_reads_without_bounces() {
+    memory_options=,bounce=off
+    read_disks "$1"
+    memory_options=
+    assert_disks assert_given_back
+}
+
+# assert_exact IMAGE BEFORE LOG MIB: every load was known as one, so that there was nothing to be given back.
+assert_exact() {
+    growth=$(($(taken "$1") - $2))
+    echo "$1 has grown by $growth KiB, of $4 MiB that were loaded"
+    [ "$(logged "of unknown direction" "$3")" = 0 ] || fail "the direction of a touch was not known"
+    [ "$(logged reads "$3")" -ge $(($4 * 16)) ] || fail "there were fewer loads than clusters"
+    [ "$(logged "given back" "$3")" = 0 ] || fail "a load has allocated"
+    [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "loads have allocated"
+}
+
+# guest_reads_exactly MIB: with the arguments of README.md with which a vCPU waits for a page itself.
+guest_reads_exactly() {
+    machine="-overcommit cpu-pm=on -cpu host,kvm-asyncpf=off,kvm-asyncpf-int=off"
+    read_disks "$1"
+    machine=
+    assert_disks assert_exact
 }
