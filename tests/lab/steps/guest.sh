@@ -78,8 +78,8 @@ start_beside() {
 end_beside() {
     failure=
     if [ -n "$beside" ]; then
-        # A guest that is lost may have left it waiting.
-        if [ -n "$loss" ]; then kill "$beside_process" || true; fi
+        # A guest that is lost or was ended may have left it waiting.
+        if [ "$status" != 0 ] || [ -n "$loss" ]; then kill "$beside_process" || true; fi
         wait "$beside_process" || failure="what ran beside the guest failed"
     fi
 }
@@ -134,7 +134,7 @@ run_qemu() {
     listener=$!
     status=0
     # shellcheck disable=SC2086 # one argument per word
-    boot_machine $monitor "$@" <"$input" >/tmp/guest.log 2>&1 || status=$?
+    boot_machine $monitor "$@" <"$input" >>/tmp/guest.log 2>&1 || status=$?
     kill "$listener"
     wait "$listener" || true
     find_loss
