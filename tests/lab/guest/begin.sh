@@ -8,8 +8,8 @@ load() {
     at=0
     mib=$(($(cat "/sys/block/${1#/dev/}/size") / 2048))
     while [ "$at" -lt "$mib" ]; do
+        echo "$1: $at of $mib MiB" >&2
         dd if="$1" bs=1M count=32 skip="$at" 2>/dev/null
         at=$((at + 32))
-        echo "$1: $at of $mib MiB" >&2
     done
 }

@@ -136,7 +136,7 @@ run_qemu() {
     # shellcheck disable=SC2086 # one argument per word
     boot_machine $monitor "$@" <"$input" >>/tmp/guest.log 2>&1 || status=$?
     kill "$listener"
-    wait "$listener" || true
+    wait "$listener" 2>/dev/null || true
     find_loss
     if [ "$status" != 0 ] && [ -z "$loss" ]; then echo "QEMU ended with $status" >>/tmp/guest.log; fi
     end_beside
