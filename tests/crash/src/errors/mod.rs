@@ -277,7 +277,7 @@ impl World {
         };
         let plain = std::mem::replace(&mut self.plain, cut.top());
         self.boot += 1;
-        let checked = self.check_images("used on, after a power cut");
+        let checked = self.check_image(world::IMAGE, "used on, after a power cut");
         self.boot -= 1;
         self.plain = plain;
         checked
@@ -288,15 +288,19 @@ impl World {
             if name.ends_with(".part") {
                 continue;
             }
-            let dir: Arc<dyn Directory> = self.plain.open_dir(&name).map_err(|e| e.to_string())?;
-            let image = Image::load(dir, self.environment(false));
-            let image = image.map_err(|e| format!("{when}, {name}: {}", text(e)))?;
-            let what = format!("{when}, {name}");
-            check_disk(|at, buf| image.read(at, buf), &self.shown_by(&name), &what)?;
-            drop(image);
-            let checked = self.check_structure(&name);
-            checked.map_err(|e| format!("{when}, {e}"))?;
+            self.check_image(&name, when)?;
         }
         Ok(())
+    }
+
+    fn check_image(&self, name: &str, when: &str) -> Result<(), String> {
+        let dir: Arc<dyn Directory> = self.plain.open_dir(name).map_err(|e| e.to_string())?;
+        let image = Image::load(dir, self.environment(false));
+        let image = image.map_err(|e| format!("{when}, {name}: {}", text(e)))?;
+        let what = format!("{when}, {name}");
+        check_disk(|at, buf| image.read(at, buf), &self.shown_by(name), &what)?;
+        drop(image);
+        let checked = self.check_structure(name);
+        checked.map_err(|e| format!("{when}, {e}"))
     }
 }

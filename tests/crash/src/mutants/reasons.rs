@@ -166,6 +166,20 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
+        "no root names the merged layer before all of it is flushed",
+        &[
+            ("delete.clone", "active.word"),
+            ("layer.dir.sync", "delete.clone"),
+        ],
+    ),
+    (
+        "the bytes are durable already (M15), or those of a copy, for which nothing is promised before both are synced",
+        &[
+            ("repair.trust.data_sync", "repair.live.sync"),
+            ("repair.trust.data_sync", "repair.live.word"),
+        ],
+    ),
+    (
         "two syncs of one file or directory",
         &[
             ("root.dir.sync", "open.dir.sync"),

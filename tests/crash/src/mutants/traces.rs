@@ -12,8 +12,10 @@ use crate::setting::{Scene, Setting};
 use crate::sites::is_of_others;
 use crate::workload::{Expected, Point, Run};
 
-/// Workloads in which a mutant is tried, at most, in each scene, beside those in which no other one ends in the same operation.
+/// Workloads in which a mutant is tried, at most, in each scene, if there are enough that end in the same operation.
 const MAX_TRIES: usize = 16;
+/// Enough of those.
+const MIN_TRIES: usize = 4;
 
 /// What short workloads of one scene do.
 #[derive(Debug)]
@@ -54,8 +56,8 @@ impl Traces {
         let mut note = |mutant, place| {
             let places: &mut Vec<(Workload, usize)> = self.places.entry(mutant).or_default();
             let last = |w: &Workload| w.last().map(|o| o.name);
-            let is_new = || places.iter().all(|(w, _)| last(w) != last(workload));
-            if places.len() < MAX_TRIES || is_new() {
+            let alike = places.iter().filter(|(w, _)| last(w) == last(workload));
+            if places.len() < MAX_TRIES || alike.count() < MIN_TRIES {
                 places.push((workload.clone(), place));
             }
         };
