@@ -226,15 +226,19 @@ fn a_backend_that_is_asked_to_end_flushes_and_warns_and_the_frontend_goes_on_wit
     frontend.flush().unwrap();
 }
 
-/// A frontend that stays away when its backend, which has not flushed, is killed.
-fn kept_image(s: &Scratch) -> (PathBuf, Backend, Frontend) {
-    let image = s.image("a", 4 * MIB, 64 << 10);
-    let mut backend = Backend::start(&image, &["--flush-interval", "0"]);
-    let no_return = FrontendOptions {
+/// For a frontend that looks for no other backend.
+fn no_return() -> FrontendOptions {
+    FrontendOptions {
         reconnect: false,
         ..FrontendOptions::default()
-    };
-    let keeps = Frontend::connect(backend.socket(), &no_return).unwrap();
+    }
+}
+
+/// A frontend that has stored and stays away when its backend is killed.
+fn kept_image(s: &Scratch, arguments: &[&str]) -> (PathBuf, Backend, Frontend) {
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, arguments);
+    let keeps = Frontend::connect(backend.socket(), &no_return()).unwrap();
     Memory::new(keeps.region()).store(8, 7);
     backend.kill();
     (image, backend, keeps)
@@ -245,7 +249,7 @@ fn kept_image(s: &Scratch) -> (PathBuf, Backend, Frontend) {
 #[test]
 fn a_backend_flushes_at_once_what_was_stored_before_it_came() {
     let s = Scratch::new();
-    let (image, mut backend, _keeps) = kept_image(&s);
+    let (image, mut backend, _keeps) = kept_image(&s, &["--flush-interval", "0"]);
     let live_clusters = || {
         let report = pcow_format::check::check(&Stored::open(&image, &[]).unwrap());
         report.unwrap().live_clusters
@@ -258,7 +262,7 @@ fn a_backend_flushes_at_once_what_was_stored_before_it_came() {
 #[test]
 fn a_backend_flushes_at_intervals_while_a_frontend_that_is_not_back_may_store() {
     let s = Scratch::new();
-    let (image, mut backend, _keeps) = kept_image(&s);
+    let (image, mut backend, _keeps) = kept_image(&s, &["--flush-interval", "0"]);
     backend.restart(&image, &["--flush-interval", "1"]);
     backend.wait_for_log("waiting for it to come back");
     // More than the flushes at the beginning take.
@@ -272,20 +276,12 @@ fn a_backend_flushes_at_intervals_while_a_frontend_that_is_not_back_may_store() 
 #[test]
 fn a_frontend_that_keeps_an_image_keeps_others_out_until_it_ends() {
     let s = Scratch::new();
-    let image = s.image("a", 4 * MIB, 64 << 10);
-    let mut backend = Backend::start(&image, &[]);
-    let no_return = FrontendOptions {
-        reconnect: false,
-        ..FrontendOptions::default()
-    };
-    let keeps = Frontend::connect(backend.socket(), &no_return).unwrap();
-    Memory::new(keeps.region()).store(8, 7);
-    backend.kill();
+    let (image, mut backend, keeps) = kept_image(&s, &[]);
     backend.restart(&image, &[]);
     backend.wait_for_log("waiting for it to come back");
     let mut refused = None;
     wait_until("it listens", PATIENCE, || {
-        refused = Frontend::connect(backend.socket(), &no_return).err();
+        refused = Frontend::connect(backend.socket(), &no_return()).err();
         refused.as_ref().and_then(pcow_protocol::Error::errno) == Some(libc::EBUSY)
     });
     drop(keeps);
@@ -317,11 +313,7 @@ fn a_copy_of_the_image_is_not_taken_for_it() {
     // One that has no lock of its own to compare, since another virtual machine keeps that.
     let witness = s.path("witness.sock");
     let mut other = Backend::start_at(&witness, &s.path("copy"), &[]);
-    let no_return = FrontendOptions {
-        reconnect: false,
-        ..FrontendOptions::default()
-    };
-    let keeps = Frontend::connect(&witness, &no_return).unwrap();
+    let keeps = Frontend::connect(&witness, &no_return()).unwrap();
     other.kill();
     let mut other = Backend::start_at(original.socket(), &s.path("copy"), &[]);
     wait_until("it is refused", PATIENCE, || {
