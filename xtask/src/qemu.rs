@@ -47,6 +47,9 @@ const CONFIGURE: &[&str] = &[
     "--enable-vhost-user",
 ];
 
+/// What is applied, in this order: what pcow needs, and what the emulator of the lab host needs.
+const PATCH_FOLDERS: &[&str] = &["qemu-patch", "qemu-patch/emulator"];
+
 /// QEMU's build tools; Debian 12's are too old.
 const PYTHON_PACKAGES: &[&str] = &["meson>=1.5,<2", "ninja>=1.11"];
 
@@ -97,9 +100,13 @@ struct Builder {
 impl Builder {
     fn new(cache: &Cache) -> Result<Self> {
         let folder = cache.folder("qemu")?;
+        let patches: Vec<_> = PATCH_FOLDERS
+            .iter()
+            .map(|folder| run::repository().join(folder))
+            .collect();
         Ok(Self {
             log: Log::create(&folder.join("log"))?,
-            series: Series::read(&run::repository().join("qemu-patch"))?,
+            series: Series::read(&patches)?,
             codename: sources::host_codename()?,
             folder,
         })

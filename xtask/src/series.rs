@@ -24,28 +24,24 @@ struct Patch {
     text: Vec<u8>,
 }
 
-/// Patches in the order of their names.
+/// Patches in the order of their folders, and of their names in each.
 #[derive(Debug)]
 pub struct Series {
     patches: Vec<Patch>,
 }
 
 impl Series {
-    /// Reads all `*.patch` files of `folder`.
+    /// Reads all `*.patch` files of `folders`.
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn read(folder: &Path) -> Result<Self> {
-        let mut paths = Vec::new();
-        for entry in fs::read_dir(folder).map_err(Error::file("read", folder))? {
-            paths.push(entry.map_err(Error::file("read", folder))?.path());
+    pub fn read(folders: &[PathBuf]) -> Result<Self> {
+        let mut patches = Vec::new();
+        for folder in folders {
+            for path in patches_in(folder)? {
+                patches.push(Patch::read(path)?);
+            }
         }
-        paths.retain(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "patch")
-        });
-        paths.sort();
-        let patches = paths.into_iter().map(Patch::read).collect::<Result<_>>()?;
         Ok(Self { patches })
     }
 
@@ -153,6 +149,20 @@ impl Patch {
     }
 }
 
+/// The patch files of a folder, in the order of their names.
+fn patches_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::file("read", folder))? {
+        paths.push(entry.map_err(Error::file("read", folder))?.path());
+    }
+    paths.retain(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "patch")
+    });
+    paths.sort();
+    Ok(paths)
+}
+
 /// The file that a header line of a patch names, without the first folder (`-p1`).
 fn header_file(line: &str) -> Option<PathBuf> {
     let name = line
@@ -233,7 +243,7 @@ mod tests {
             for (number, text) in patches.iter().enumerate() {
                 fs::write(folder.join(format!("{number:04}.patch")), text).unwrap();
             }
-            Series::read(&folder).unwrap()
+            Series::read(&[folder]).unwrap()
         }
 
         fn apply(&self, series: &Series, before: &Files) -> super::Result<()> {
