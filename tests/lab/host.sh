@@ -5,14 +5,10 @@
 # that fails ends it. Each is reported on the second serial line; what it says goes to the console.
 # LAB_STEPS, names with commas between them, chooses among the steps; "clone" is that of each filesystem.
 # Preparations are steps that are never left out.
-#
-# LAB_AFTER is the last step that a lab host before this one, which died, has ended: what comes up to there is not done again.
-# LAB_TRIED is the step at which it died.
 
 REPORTS=/dev/ttyS1
 # Longer than GUEST_SECONDS of steps/guest.sh, shorter than PATIENCE of xtask: whoever is nearest to what hangs says so.
 STEP_SECONDS=1200
-LOST_GUEST=75
 passed=0
 failed=0
 chosen=0
@@ -22,21 +18,13 @@ report() {
     echo "$1" >"$REPORTS"
 }
 
-# run NAME FUNCTION [ARGUMENT]...
-#
-# A step of which the emulator has lost a guest (see steps/guest.sh) is tried a second time; no other one is, and none a third
-# time, nor a second time here if a lab host died at it.
-run() {
+# prepare NAME FUNCTION [ARGUMENT]...
+prepare() {
     name=$1
     shift
     echo "== $name"
-    entries=$(ls /dax)
-    attempt "$@"
-    if try_was_lost && [ "$name" != "${LAB_TRIED:-}" ]; then
-        echo "the step a second time"
-        remove_all_but "$entries"
-        attempt "$@"
-    fi
+    status=0
+    timeout -s KILL "$STEP_SECONDS" sh -eu /lab/steps.sh "$@" </dev/null 2>&1 || status=$?
     if [ "$status" = 0 ]; then
         passed=$((passed + 1))
         report "LAB-STEP $name ok"
@@ -44,56 +32,18 @@ run() {
     fi
     echo "status $status; the last messages of the kernel:"
     dmesg | tail -n 20
+    # What the step has left running would disturb the next one.
+    killall -q -KILL qemu-system-x86_64 pcow-backend
     failed=$((failed + 1))
     report "LAB-STEP $name FAILED"
     return 1
-}
-
-# attempt FUNCTION [ARGUMENT]...: one try of the step $name.
-attempt() {
-    report "LAB-TRY $name"
-    rm -f /tmp/lost
-    status=0
-    timeout -s KILL "$STEP_SECONDS" sh -eu /lab/steps.sh "$@" </dev/null 2>&1 || status=$?
-    # What the step has left running would disturb the next one.
-    if [ "$status" != 0 ]; then killall -q -KILL qemu-system-x86_64 pcow-backend; fi
-    if try_was_lost; then report "LAB-LOST $name $(cat /tmp/lost)"; fi
-}
-
-# Whether the emulator has lost a guest of the last try, and the try said how.
-try_was_lost() {
-    [ "$status" = "$LOST_GUEST" ] && [ -s /tmp/lost ]
-}
-
-# What a step has made on the filesystem would be in its own way.
-remove_all_but() {
-    for entry in $(ls /dax); do
-        if ! echo "$1" | grep -q -x "$entry"; then rm -rf "/dax/$entry"; fi
-    done
-}
-
-# prepare NAME FUNCTION [ARGUMENT]...
-prepare() {
-    pass "$1"
-    run "$@"
 }
 
 # step NAME FUNCTION [ARGUMENT]...
 step() {
     is_chosen "$1" || return 0
     chosen=$((chosen + 1))
-    if [ -n "$after" ]; then
-        pass "$1"
-    else
-        run "$@"
-    fi
-}
-
-after=${LAB_AFTER:-}
-
-# What follows the last step of the earlier lab host is done here.
-pass() {
-    if [ "$1" = "$after" ]; then after=; fi
+    prepare "$@"
 }
 
 is_chosen() {

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # What every script of a guest begins with.
 
-echo "PCOW-GUEST-BEGIN"
-
-# load DISK: all of its bytes. How far it has come is told on the console: a guest that says nothing for long is ended.
+# load DISK: all of its bytes. How far it has come is told on the console.
 load() {
     at=0
     mib=$(($(cat "/sys/block/${1#/dev/}/size") / 2048))

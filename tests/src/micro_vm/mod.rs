@@ -17,9 +17,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VmFd};
-use libc::{c_int, c_void, siginfo_t};
 use pcow_protocol::frontend::Frontend;
-use vmm_sys_util::signal::{Killable, register_signal_handler};
 
 use self::slots::Slots;
 use crate::proc;
@@ -31,11 +29,6 @@ pub use self::vcpu::Vcpu;
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// Far longer than one copy takes on an emulated machine; only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long nothing happens until the processors are asked to look at themselves.
-const QUIET: Duration = Duration::from_secs(10);
-
-/// The signal that interrupts `KVM_RUN`, and does nothing else.
-const NUDGE: c_int = libc::SIGUSR1;
 
 /// How KVM asks for a page that is missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +59,6 @@ impl MicroVm {
         if path == FaultPath::Exact {
             keep_halts_in_the_guest(&vm);
         }
-        register_signal_handler(NUDGE, ignore).unwrap();
         let slots = Arc::new(Slots::new(frontend, processors));
         slots.add_to(&vm);
         let progress = Arc::default();
@@ -107,28 +99,19 @@ impl MicroVm {
 
     /// Waits until all threads have ended, for as long as any of them gets on.
     fn wait_for<T>(&self, threads: &[JoinHandle<T>]) {
-        let (mut seen, mut since, mut nudged) = (0, Instant::now(), Instant::now());
+        let (mut seen, mut since) = (0, Instant::now());
         while threads.iter().any(|thread| !thread.is_finished()) {
             let copies = self.progress.load(Ordering::Relaxed);
             if copies != seen {
-                (seen, since, nudged) = (copies, Instant::now(), Instant::now());
+                (seen, since) = (copies, Instant::now());
             }
             assert!(
                 since.elapsed() < PATIENCE,
                 "no processor has ended a copy for {PATIENCE:?}; this process waits in\n{}",
                 proc::waits()
             );
-            if nudged.elapsed() >= QUIET {
-                nudged = Instant::now();
-                nudge(threads);
-            }
             std::thread::sleep(Duration::from_millis(5));
         }
-    }
-
-    /// How often a processor lost its guest's state and began again ([`Vcpu`]).
-    pub fn lost_states(&self) -> u64 {
-        self.vcpus.iter().map(Vcpu::lost_states).sum()
     }
 
     /// How often a store had to be repeated because it met the moment of a bounce.
@@ -136,16 +119,6 @@ impl MicroVm {
         self.vcpus.iter().map(Vcpu::repeated_entries).sum()
     }
 }
-
-/// Has every thread that is in the guest come out of it for a moment.
-fn nudge<T>(threads: &[JoinHandle<T>]) {
-    for thread in threads.iter().filter(|thread| !thread.is_finished()) {
-        // It may end meanwhile.
-        let _ = thread.kill(NUDGE);
-    }
-}
-
-extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
 fn keep_halts_in_the_guest(vm: &VmFd) {
     let mut capability = kvm_enable_cap {

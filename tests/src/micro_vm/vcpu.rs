@@ -4,9 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
-};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use pcow_protocol::frontend::{Bounces, Frontend};
 use rustix::io::Errno;
@@ -27,24 +25,11 @@ const WORD_BYTES: usize = 4;
 const INTERRUPTS_ACCEPTED: u64 = 1 << 9 | 1 << 1;
 /// The bit of CR0 that takes a processor out of real mode.
 const PROTECTED_MODE: u64 = 1;
-/// The bit of CR0 that switches paging on.
-const PAGING: u64 = 1 << 31;
-
-/// How often a processor may lose its guest's state.
-const MOST_LOST_STATES: u64 = 3;
 
 /// A processor in 32-bit protected mode without paging.
-///
-/// Emulated SVM loses a guest now and then: QEMU 10.0's TCG leaves it with the state of the host itself, whose next
-/// instruction is the one behind VMRUN, and the guest then faults without end, shuts down, or reaches for memory that there is
-/// not. No page fault of the guest's own should do that. A processor that was found so begins its copy again, once, and few times
-/// in all ([`MOST_LOST_STATES`]): what a fault of the region's did would come more often, or again.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
-    /// What [`set_flat_mode`] has made.
-    mode: kvm_sregs,
-    lost_states: u64,
     number: usize,
     bounces: Arc<Bounces>,
     repeated_entries: u64,
@@ -63,14 +48,12 @@ impl Vcpu {
     ) -> Self {
         slots.set_program(&PROGRAM);
         let fd = vm.create_vcpu(number as u64).unwrap();
-        let mode = set_flat_mode(&fd);
+        set_flat_mode(&fd);
         // All but the first would wait for the message that starts a processor.
         let mp_state = KVM_MP_STATE_RUNNABLE;
         fd.set_mp_state(kvm_mp_state { mp_state }).unwrap();
         Self {
             fd,
-            mode,
-            lost_states: 0,
             number,
             bounces: Arc::clone(frontend.bounces()),
             repeated_entries: 0,
@@ -120,106 +103,27 @@ impl Vcpu {
             ..Default::default()
         };
         self.fd.set_regs(&work).unwrap();
-        if !self.run_to_the_end(&work) {
-            self.begin_again(&work);
-            assert!(
-                self.run_to_the_end(&work),
-                "processor {} lost its state twice in one copy, {work:?}",
-                self.number
-            );
-        }
+        self.run_to_the_end();
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Puts a processor that lost its state before its work again.
-    fn begin_again(&mut self, work: &kvm_regs) {
-        self.lost_states += 1;
-        assert!(
-            self.lost_states <= MOST_LOST_STATES,
-            "processor {} lost its state for the {}th time",
-            self.number,
-            self.lost_states
-        );
-        self.fd
-            .set_vcpu_events(&kvm_vcpu_events::default())
-            .unwrap();
-        self.fd.set_sregs(&self.mode).unwrap();
-        self.fd.set_regs(work).unwrap();
-    }
-
-    /// Enters the guest until it is done; false if its state was lost. KVM does not tell where a store failed, so an entry that fails is repeated if,
+    /// Enters the guest until it is done. KVM does not tell where a store failed, so an entry that fails is repeated if,
     /// and only if, a bounce had a page write-protected since it began.
-    fn run_to_the_end(&mut self, work: &kvm_regs) -> bool {
+    fn run_to_the_end(&mut self) {
         loop {
             let sequence = self.bounces.sequence();
             match self.fd.run() {
-                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(DONE_PORT) => return true,
-                // Nothing of its program can raise an exception, of which there would have to be three. It tells no more:
-                // KVM has reset the processor.
-                Ok(VcpuExit::Shutdown) => return false,
-                Ok(exit) => {
-                    let exit = format!("{exit:?}");
-                    self.end_exit();
-                    if self.has_lost_its_state(work) {
-                        return false;
-                    }
-                    panic!("processor {} left with {exit}", self.number);
-                }
+                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(DONE_PORT) => return,
+                Ok(exit) => panic!("processor {} left with {exit:?}", self.number),
                 Err(error)
                     if error.errno() == Errno::FAULT.raw_os_error()
                         && self.bounces.happened_since(sequence) =>
                 {
                     self.repeated_entries += 1;
                 }
-                Err(error) if error.errno() == Errno::INTR.raw_os_error() => {
-                    if self.has_lost_its_state(work) {
-                        return false;
-                    }
-                }
                 Err(error) => panic!("processor {} cannot run: {error}", self.number),
             }
         }
-    }
-
-    /// Has KVM end what the last exit has begun; it would change the registers otherwise once the processor runs again.
-    fn end_exit(&mut self) {
-        self.fd.set_kvm_immediate_exit(1);
-        let ended = self.fd.run().map(|exit| format!("{exit:?}"));
-        assert!(
-            matches!(&ended, Err(e) if e.errno() == Errno::INTR.raw_os_error()),
-            "processor {} left again with {ended:?}",
-            self.number
-        );
-        self.fd.set_kvm_immediate_exit(0);
-    }
-
-    /// Whether it is where its program, begun with `work`, cannot have led it. Says where it is if not.
-    fn has_lost_its_state(&self, work: &kvm_regs) -> bool {
-        let now = self.fd.get_regs().unwrap();
-        let mode = self.fd.get_sregs().unwrap();
-        let copied = work.rcx.wrapping_sub(now.rcx);
-        let bytes = copied.wrapping_mul(WORD_BYTES as u64);
-        let is_on_its_way = now.rip <= PROGRAM.len() as u64
-            && copied <= work.rcx
-            && now.rsi == work.rsi.wrapping_add(bytes)
-            && now.rdi == work.rdi.wrapping_add(bytes);
-        // Its program switches nothing on or off, and changes no flag.
-        let is_in_its_mode = mode.cr0 & PAGING == 0
-            && mode.cr0 & PROTECTED_MODE != 0
-            && now.rflags & INTERRUPTS_ACCEPTED == INTERRUPTS_ACCEPTED;
-        let is_lost = !(is_on_its_way && is_in_its_mode);
-        if !is_lost {
-            let events = self.fd.get_vcpu_events().unwrap();
-            eprintln!(
-                "processor {} goes on with {now:?}, {mode:?}, {events:?}",
-                self.number
-            );
-        }
-        is_lost
-    }
-
-    pub(super) fn lost_states(&self) -> u64 {
-        self.lost_states
     }
 
     pub(super) fn repeated_entries(&self) -> u64 {
@@ -228,7 +132,7 @@ impl Vcpu {
 }
 
 /// Segments that reach everywhere, in protected mode. Addresses are the memory's own.
-fn set_flat_mode(fd: &VcpuFd) -> kvm_sregs {
+fn set_flat_mode(fd: &VcpuFd) {
     let segment = |selector, type_| kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -251,5 +155,4 @@ fn set_flat_mode(fd: &VcpuFd) -> kvm_sregs {
     registers.ss = data;
     registers.cr0 |= PROTECTED_MODE;
     fd.set_sregs(&registers).unwrap();
-    registers
 }

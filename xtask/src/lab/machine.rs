@@ -23,7 +23,7 @@ use crate::run;
 /// Persistent memory of the lab host: the filesystems under test.
 const NVDIMM_BYTES: u64 = 2 << 30;
 
-/// The lab host reports each try of a step, and ends one that takes longer than twenty minutes (STEP_SECONDS of
+/// The lab host reports each step, and ends one that takes longer than twenty minutes (STEP_SECONDS of
 /// `tests/lab/host.sh`); when it says nothing for longer, it hangs.
 const PATIENCE: Duration = Duration::from_secs(1500);
 

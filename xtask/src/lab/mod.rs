@@ -6,7 +6,6 @@
 //! QEMU boots a guest of its own under KVM.
 
 mod contents;
-mod losses;
 mod machine;
 mod power;
 mod programs;
@@ -14,7 +13,7 @@ mod report;
 mod verdict;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
 use clap::ValueEnum;
@@ -30,7 +29,7 @@ use crate::run::{self, Log};
 
 use contents::Contents;
 use machine::Machine;
-use report::{Report, Resumption, tail_of};
+use report::{Report, tail_of};
 
 pub use report::Value;
 
@@ -236,7 +235,7 @@ impl<'a> Lab<'a> {
         };
         let outcome = match form {
             Form::Shell => machine.run_on_terminal().map(|()| Vec::new()),
-            Form::Short | Form::Full | Form::Bench => run_to_the_end(machine, release),
+            Form::Short | Form::Full | Form::Bench => run_steps(&machine, release),
         };
         // They take much space; the log stays.
         cache::remove_folder(&work)?;
@@ -244,79 +243,44 @@ impl<'a> Lab<'a> {
     }
 }
 
-/// Runs the steps, and returns what was measured. Where a lab host dies, another one goes on with the step that it was at: the
-/// emulator's SVM returns from a guest with a wrong state now and then, and the lab host's kernel dies of it. What is tested
-/// could bring a kernel down, too, or reset a guest. Therefore no step is tried more than twice, each second try is told, and
-/// there may not be many ([`losses`]). A step that fails stays failed.
-fn run_to_the_end(mut machine: Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
-    let begin = Instant::now();
-    let environment = machine.environment.clone();
-    let mut report = Report::default();
-    let mut logs = Vec::new();
+/// Runs the steps, and returns what was measured.
+fn run_steps(machine: &Machine<'_>, release: &'static str) -> Result<Vec<Value>> {
     eprintln!(
         "the lab host with the kernel of {release}; its log is {}",
         machine.log.display()
     );
-    let fault = loop {
-        let ended = run_steps(&machine, &mut report);
-        let fault = match (report.fault(), ended) {
-            (None, Ok(())) => break None,
-            (Some(fault), Ok(())) => fault,
-            (None, Err(error)) => break Some(error.to_string()),
-            (Some(fault), Err(error)) => break Some(format!("{fault}; {error}")),
-        };
-        if !report.is_cut_off() {
-            break Some(fault);
-        }
-        let Some(Resumption { after, tried }) = report.go_on() else {
-            eprintln!("  the lab host died; there is no other try");
-            break report.fault();
-        };
-        machine.environment = format!("{environment} LAB_AFTER={after} LAB_TRIED={tried}");
-        let log = machine
-            .log
-            .with_extension(format!("{}.log", logs.len() + 1));
-        fs::rename(&machine.log, &log).map_err(Error::file("rename", &machine.log))?;
-        eprintln!(
-            "  the lab host died at {tried}; another one tries that a second time (what this one said is in {})",
-            log.display()
-        );
-        logs.push(log);
-    };
-    eprintln!(
-        "  in all {}; {}",
-        run::seconds(begin.elapsed()),
-        report.losses()
-    );
-    let Some(fault) = fault else {
-        return Ok(report.into_values());
-    };
-    logs.push(machine.log);
-    Err(failure(release, &logs, &report, fault))
-}
-
-fn run_steps(machine: &Machine<'_>, report: &mut Report) -> Result<()> {
-    let mut last = Instant::now();
-    machine.run(|line| {
+    let (begin, mut last) = (Instant::now(), Instant::now());
+    let mut report = Report::default();
+    let ended = machine.run(|line| {
         if let Some(step) = report.take(line) {
             eprintln!(
-                "  {:<32}{:<8}{}{}",
+                "  {:<32}{:<8}{}",
                 step.name,
                 step.outcome(),
-                run::seconds(last.elapsed()),
-                step.remark()
+                run::seconds(last.elapsed())
             );
             last = Instant::now();
         }
-    })
+    });
+    eprintln!("  in all {}", run::seconds(begin.elapsed()));
+    match fault(&report, ended) {
+        None => Ok(report.into_values()),
+        Some(fault) => Err(failure(release, &machine.log, &report, fault)),
+    }
 }
 
-/// What went wrong, with what the `logs` say of it.
-fn failure(kernel: &'static str, logs: &[PathBuf], report: &Report, fault: String) -> Error {
-    let text: Vec<u8> = logs
-        .iter()
-        .flat_map(|log| fs::read(log).unwrap_or_default())
-        .collect();
+/// Says what is wrong with a run that ended so, if anything is.
+fn fault(report: &Report, ended: Result<()>) -> Option<String> {
+    match (report.fault(), ended) {
+        (fault, Ok(())) => fault,
+        (None, Err(error)) => Some(error.to_string()),
+        (Some(fault), Err(error)) => Some(format!("{fault}; {error}")),
+    }
+}
+
+/// What went wrong, with what the log says of it.
+fn failure(kernel: &'static str, log: &Path, report: &Report, fault: String) -> Error {
+    let text = fs::read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let mut tails: Vec<String> = report
         .failed()
@@ -329,6 +293,6 @@ fn failure(kernel: &'static str, logs: &[PathBuf], report: &Report, fault: Strin
         kernel,
         fault,
         tail: tails.join("\n"),
-        log: logs.last().cloned().unwrap_or_default(),
+        log: log.to_path_buf(),
     }
 }

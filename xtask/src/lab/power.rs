@@ -8,7 +8,7 @@
 //! The lab host's kernel is told to write nothing back by itself, and each case shows that it did not: a file that nobody
 //! synced is gone, and where the guest's own flushes promise nothing, records are lost indeed.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -17,11 +17,10 @@ use std::time::Instant;
 use crate::boot::Boot;
 use crate::cache;
 use crate::error::{Error, Result};
-use crate::lab::losses::{DEATH, Losses, remark};
 use crate::lab::machine::{End, Machine};
 use crate::lab::report::Report;
 use crate::lab::verdict::{Promise, Records};
-use crate::lab::{HOST, Lab, failure};
+use crate::lab::{HOST, Lab, failure, fault};
 use crate::run;
 
 /// The disk, a file in the folder of the machine's other files.
@@ -130,22 +129,14 @@ pub fn run(lab: &Lab<'_>, release: &'static str, steps: &[String]) -> Result<()>
         "the lab host with the kernel of {release} loses its power; its logs are in {}",
         folder.display()
     );
-    let mut losses = Losses::default();
-    let failed = cases
-        .into_iter()
-        .filter(|case| !host.passes(*case, &mut losses))
-        .count();
-    eprintln!("  {losses}");
+    let failed = cases.into_iter().filter(|case| !host.passes(*case)).count();
     // They take much space; the logs stay.
     cache::remove_folder(&work)?;
-    let failed = (failed > 0).then(|| format!("{failed} cases"));
-    let faults: Vec<String> = failed.into_iter().chain(losses.fault()).collect();
-    if faults.is_empty() {
+    if failed == 0 {
         return Ok(());
     }
     Err(Error::Failed(format!(
-        "power loss with the kernel of {release}: {}",
-        faults.join("; ")
+        "{failed} cases of power loss with the kernel of {release}"
     )))
 }
 
@@ -160,34 +151,26 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// Runs a case, a second time if the lab host's kernel panicked (see [`super::run_to_the_end`]), and says how it ended.
-    fn passes(&self, case: Case, losses: &mut Losses) -> bool {
+    /// Runs a case, and says how it ended.
+    fn passes(&self, case: Case) -> bool {
         let begin = Instant::now();
-        let mut outcome = self.run(case, losses);
-        let is_first = losses.first_of(&case.name()).is_none();
-        if outcome.is_err() && PHASES.iter().any(|p| has_panicked(&self.log(case, p))) {
-            losses.add(&case.name(), DEATH);
-            if is_first {
-                outcome = self.run(case, losses);
-            }
-        }
+        let outcome = self.run(case);
         let name = case.name();
         let time = run::seconds(begin.elapsed());
-        let remark = remark(losses.first_of(&name));
         match outcome {
             Ok(summary) => {
-                eprintln!("  {name:<24}ok      {time:<14}{summary}{remark}");
+                eprintln!("  {name:<24}ok      {time:<14}{summary}");
                 true
             }
             Err(error) => {
-                eprintln!("  {name:<24}FAILED  {time}{remark}");
+                eprintln!("  {name:<24}FAILED  {time}");
                 crate::report(&error);
                 false
             }
         }
     }
 
-    fn run(&self, case: Case, losses: &mut Losses) -> Result<String> {
+    fn run(&self, case: Case) -> Result<String> {
         // What the last run said is none of this one's.
         for phase in PHASES {
             let log = self.log(case, phase);
@@ -199,7 +182,7 @@ impl Host<'_> {
             .map_err(Error::file("create", &disk))?;
         let mut records = Records::default();
         self.write_until_killed(case, &mut records)?;
-        self.verify(case, &mut records, losses)?;
+        self.verify(case, &mut records)?;
         let summary = format!(
             "killed after {} acknowledgements; {}",
             records.acknowledgements(),
@@ -220,7 +203,7 @@ impl Host<'_> {
     fn write_until_killed(&self, case: Case, records: &mut Records) -> Result<()> {
         let goal = random(ACKNOWLEDGEMENTS);
         let mut report = Report::default();
-        let ended = self.start(case, "write", "", |machine| {
+        let ended = self.start(case, "write", |machine| {
             machine.run_until(|line| {
                 report.take(line);
                 records.take(line, case.device.promise());
@@ -240,43 +223,28 @@ impl Host<'_> {
     }
 
     /// Boots again, and takes in what is there.
-    fn verify(&self, case: Case, records: &mut Records, losses: &mut Losses) -> Result<()> {
+    fn verify(&self, case: Case, records: &mut Records) -> Result<()> {
         let mut report = Report::default();
-        let name = case.name();
-        // The guest of a second try of the case has no second try of its own.
-        let first = losses.first_of(&name);
-        let tried = first.map_or(String::new(), |_| format!("{name}/guest"));
-        let ended = self.start(case, "verify", &tried, |machine| {
+        let ended = self.start(case, "verify", |machine| {
             machine.run(|line| {
                 report.take(line);
                 records.take(line, case.device.promise());
             })
         });
-        losses.add_all(&name, report.losses());
-        let fault = match (report.fault(), ended) {
-            (None, Ok(())) => return Ok(()),
-            (Some(fault), Ok(())) => fault,
-            (None, Err(error)) => error.to_string(),
-            (Some(fault), Err(error)) => format!("{fault}; {error}"),
+        let Some(fault) = fault(&report, ended) else {
+            return Ok(());
         };
         Err(failure(
             self.release,
-            &[self.log(case, "verify")],
+            &self.log(case, "verify"),
             &report,
-            format!("{name}: {fault}"),
+            format!("{}: {fault}", case.name()),
         ))
     }
 
-    /// Starts the lab host, where the step `tried` has only one try.
-    fn start<T>(
-        &self,
-        case: Case,
-        phase: &str,
-        tried: &str,
-        run: impl FnOnce(&Machine<'_>) -> T,
-    ) -> T {
+    fn start<T>(&self, case: Case, phase: &str, run: impl FnOnce(&Machine<'_>) -> T) -> T {
         let environment = format!(
-            "LAB_FORM=power-{phase} LAB_FILESYSTEM={} LAB_DEVICE={} LAB_TRIED={tried}",
+            "LAB_FORM=power-{phase} LAB_FILESYSTEM={} LAB_DEVICE={}",
             case.filesystem,
             case.device.name()
         );
@@ -293,7 +261,7 @@ impl Host<'_> {
     fn failure(&self, case: Case, phase: &str, fault: String) -> Error {
         failure(
             self.release,
-            &[self.log(case, phase)],
+            &self.log(case, phase),
             &Report::default(),
             format!("{}: {fault}", case.name()),
         )
@@ -303,14 +271,6 @@ impl Host<'_> {
         let name = case.name().replace('/', "-");
         self.folder.join(format!("{name}-{phase}.log"))
     }
-}
-
-/// Whether the lab host's kernel has; what a guest in it says is marked as that.
-fn has_panicked(log: &Path) -> bool {
-    let text = fs::read(log).unwrap_or_default();
-    String::from_utf8_lossy(&text)
-        .lines()
-        .any(|line| line.starts_with('[') && line.contains("Kernel panic - not syncing"))
 }
 
 /// A number of the range, another one each time.

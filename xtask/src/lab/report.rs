@@ -1,17 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the lab host says of its steps, and the judgement of it.
 //!
-//! Its lines are `LAB-TRY <name>`, `LAB-LOST <name> <how>` of a try of which the emulator lost a guest,
-//! `LAB-STEP <name> ok`, `LAB-STEP <name> FAILED`, `LAB-VALUE <what>: <number>` and, at the end,
-//! `LAB-RESULT <passed> <failed>`; any other line is none of its reports. Knows no machine.
-
-use super::losses::{DEATH, Losses, remark};
+//! Its lines are `LAB-STEP <name> ok`, `LAB-STEP <name> FAILED`, `LAB-VALUE <what>: <number>` and, at
+//! the end, `LAB-RESULT <passed> <failed>`; any other line is none of its reports. Knows no machine.
 
 /// Lines of a failed step's log that are shown.
 const SHOWN_LINES: usize = 40;
-
-/// What is tried before the first step.
-const BOOT: &str = "host/boot";
 
 /// One step that has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +14,6 @@ pub struct Step {
     pub name: String,
     /// Whether it did what it should.
     pub passed: bool,
-    /// How its first try was lost, if it was.
-    pub lost: Option<String>,
 }
 
 impl Step {
@@ -29,20 +21,6 @@ impl Step {
     pub fn outcome(&self) -> &'static str {
         if self.passed { "ok" } else { "FAILED" }
     }
-
-    /// The end of its line: empty as a rule.
-    pub fn remark(&self) -> String {
-        remark(self.lost.as_deref())
-    }
-}
-
-/// Where another lab host goes on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resumption {
-    /// The last step that has ended, `""` if none has.
-    pub after: String,
-    /// The step that has no more than one try left.
-    pub tried: String,
 }
 
 /// Something that was measured.
@@ -72,42 +50,9 @@ pub struct Report {
     steps: Vec<Step>,
     values: Vec<Value>,
     result: Option<(usize, usize)>,
-    /// How many of the steps lab hosts before this one have ended, if this is not the first.
-    earlier: usize,
-    /// The last step that no earlier lab host has ended.
-    reached: String,
-    /// The step that is being tried.
-    tried: Option<String>,
-    losses: Losses,
 }
 
 impl Report {
-    /// Whether the lab host has not come to its end.
-    pub fn is_cut_off(&self) -> bool {
-        self.result.is_none()
-    }
-
-    /// The lab host has died, and another one goes on as is returned; `None` if there shall be none: the step that was tried
-    /// has failed because it was its second try, or too many tries were lost.
-    pub fn go_on(&mut self) -> Option<Resumption> {
-        let step = self.tried.take().unwrap_or_else(|| BOOT.to_string());
-        let first = self.losses.first_of(&step).map(str::to_string);
-        self.losses.add(&step, DEATH);
-        if first.is_some() {
-            self.steps.push(Step {
-                name: step,
-                passed: false,
-                lost: first,
-            });
-            return None;
-        }
-        self.earlier = self.steps.len();
-        self.losses.fault().is_none().then(|| Resumption {
-            after: self.reached.clone(),
-            tried: step,
-        })
-    }
-
     /// Takes in one line, and returns the step if the line tells how it ended.
     pub fn take(&mut self, line: &str) -> Option<&Step> {
         if let Some(value) = line.strip_prefix("LAB-VALUE ") {
@@ -116,34 +61,19 @@ impl Report {
         }
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
-            ["LAB-TRY", name] => self.tried = Some(name.to_string()),
-            ["LAB-LOST", name, ref how @ ..] => self.losses.add(name, &how.join(" ")),
-            ["LAB-STEP", name, outcome @ ("ok" | "FAILED")] => return self.end(name, outcome),
+            ["LAB-STEP", name, outcome @ ("ok" | "FAILED")] => {
+                self.steps.push(Step {
+                    name: name.to_string(),
+                    passed: outcome == "ok",
+                });
+                self.steps.last()
+            }
             ["LAB-RESULT", passed, failed] => {
                 self.result = passed.parse().ok().zip(failed.parse().ok());
+                None
             }
-            _ => (),
+            _ => None,
         }
-        None
-    }
-
-    fn end(&mut self, name: &str, outcome: &str) -> Option<&Step> {
-        // What prepares others is done by each lab host.
-        if !self.steps.iter().any(|step| step.name == name) {
-            self.reached = name.to_string();
-        }
-        self.tried = None;
-        self.steps.push(Step {
-            name: name.to_string(),
-            passed: outcome == "ok",
-            lost: self.losses.first_of(name).map(str::to_string),
-        });
-        self.steps.last()
-    }
-
-    /// The tries that were lost.
-    pub fn losses(&self) -> &Losses {
-        &self.losses
     }
 
     /// What was measured.
@@ -159,12 +89,7 @@ impl Report {
     /// Says what is wrong, if anything is.
     pub fn fault(&self) -> Option<String> {
         let failed: Vec<&str> = self.failed().map(|step| step.name.as_str()).collect();
-        let counted = self.steps[self.earlier..]
-            .iter()
-            .fold((0, 0), |(passed, failed), step| match step.passed {
-                true => (passed + 1, failed),
-                false => (passed, failed + 1),
-            });
+        let counted = (self.steps.len() - failed.len(), failed.len());
         let incomplete = match self.result {
             None => Some(format!("no result came; {}", self.last())),
             Some(result) if result != counted => Some(format!(
@@ -174,8 +99,7 @@ impl Report {
             Some(_) => None,
         };
         let failed = (!failed.is_empty()).then(|| format!("failed: {}", failed.join(", ")));
-        let lost = self.losses.fault();
-        let faults: Vec<String> = failed.into_iter().chain(lost).chain(incomplete).collect();
+        let faults: Vec<String> = failed.into_iter().chain(incomplete).collect();
         (!faults.is_empty()).then(|| faults.join("; "))
     }
 
@@ -208,10 +132,14 @@ pub fn tail_of(name: &str, log: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Report, Resumption, tail_of};
+    use super::{Report, tail_of};
 
     fn fault(lines: &[&str]) -> Option<String> {
-        report(lines).fault()
+        let mut report = Report::default();
+        for line in lines {
+            report.take(line);
+        }
+        report.fault()
     }
 
     #[test]
@@ -233,137 +161,6 @@ mod tests {
         assert_eq!(fault(&lines).unwrap(), "failed: a");
         let cut = fault(&lines[..1]).unwrap();
         assert!(cut.starts_with("failed: a; no result came"), "{cut}");
-    }
-
-    fn report(lines: &[&str]) -> Report {
-        let mut report = Report::default();
-        take(&mut report, lines);
-        report
-    }
-
-    fn take(report: &mut Report, lines: &[&str]) {
-        for line in lines {
-            report.take(line);
-        }
-    }
-
-    /// The resumption's `after` and `tried`.
-    fn go_on(report: &mut Report) -> Option<(String, String)> {
-        let Resumption { after, tried } = report.go_on()?;
-        Some((after, tried))
-    }
-
-    fn places(after: &str, tried: &str) -> Option<(String, String)> {
-        Some((after.to_string(), tried.to_string()))
-    }
-
-    const RESET: &str = "LAB-LOST a the emulator lost the guest";
-
-    #[test]
-    fn a_second_try_is_told_with_its_reason_and_counted() {
-        let mut report = report(&["LAB-TRY a", RESET, "LAB-TRY a"]);
-        let step = report.take("LAB-STEP a ok").unwrap();
-        assert_eq!(
-            (step.outcome(), &*step.remark()),
-            ("ok", " (second try: the emulator lost the guest)")
-        );
-        let step = report.take("LAB-STEP b ok").unwrap();
-        assert_eq!(step.remark(), "");
-        report.take("LAB-RESULT 2 0");
-        assert_eq!(report.fault(), None);
-        let losses = report.losses().to_string();
-        assert_eq!(
-            losses,
-            "tries that were lost: 1 (1 because the emulator lost the guest)"
-        );
-    }
-
-    #[test]
-    fn a_step_whose_second_try_is_lost_has_failed() {
-        let lines = [
-            "LAB-TRY a",
-            RESET,
-            "LAB-TRY a",
-            RESET,
-            "LAB-STEP a FAILED",
-            "LAB-RESULT 0 1",
-        ];
-        assert_eq!(fault(&lines).unwrap(), "failed: a");
-    }
-
-    #[test]
-    fn another_lab_host_goes_on_where_one_died_but_not_twice_at_one_step() {
-        let mut report = report(&["LAB-STEP mount ok", "LAB-STEP a ok", "LAB-TRY b"]);
-        assert!(report.is_cut_off());
-        assert_eq!(go_on(&mut report), places("a", "b"));
-        take(&mut report, &["LAB-STEP mount ok", "LAB-TRY b"]);
-        let step = report.take("LAB-STEP b FAILED").unwrap();
-        assert_eq!(step.remark(), " (second try: the lab host died)");
-        take(&mut report, &["LAB-TRY c"]);
-        assert_eq!(go_on(&mut report), places("b", "c"));
-        take(&mut report, &["LAB-STEP mount ok", "LAB-TRY c"]);
-        assert_eq!(go_on(&mut report), None);
-        let fault = report.fault().unwrap();
-        assert!(fault.starts_with("failed: b, c; no result"), "{fault}");
-    }
-
-    #[test]
-    fn a_lab_host_that_does_not_come_up_is_started_twice() {
-        let mut report = Report::default();
-        assert_eq!(go_on(&mut report), places("", "host/boot"));
-        assert_eq!(go_on(&mut report), None);
-        assert!(report.fault().unwrap().starts_with("failed: host/boot"));
-    }
-
-    /// A guest was lost in the first try, and the lab host dies in the second one, or the other way round.
-    #[test]
-    fn two_tries_are_all_whatever_they_were_lost_to() {
-        let mut guest_first = report(&["LAB-TRY a", RESET, "LAB-TRY a"]);
-        assert_eq!(go_on(&mut guest_first), None);
-        assert!(guest_first.fault().unwrap().starts_with("failed: a"));
-        let mut host_first = report(&["LAB-TRY a"]);
-        assert_eq!(go_on(&mut host_first), places("", "a"));
-        // The lab host was told that there is no other try.
-        let rest = ["LAB-TRY a", RESET, "LAB-STEP a FAILED", "LAB-RESULT 0 1"];
-        take(&mut host_first, &rest);
-        assert_eq!(host_first.fault().unwrap(), "failed: a");
-        assert_eq!(
-            host_first.losses().to_string(),
-            "tries that were lost: 2 (1 because the emulator lost the guest, 1 because the lab host died)"
-        );
-    }
-
-    #[test]
-    fn what_a_later_lab_host_passes_does_not_make_up_for_what_failed_before() {
-        let mut report = report(&["LAB-STEP a FAILED", "LAB-TRY b"]);
-        assert_eq!(go_on(&mut report), places("a", "b"));
-        take(&mut report, &["LAB-STEP b ok", "LAB-RESULT 1 0"]);
-        assert!(!report.is_cut_off());
-        assert_eq!(report.fault().unwrap(), "failed: a");
-    }
-
-    #[test]
-    fn a_run_that_loses_too_many_tries_fails_and_says_so() {
-        let mut report = Report::default();
-        for step in ["a", "b", "c", "d", "e", "f"] {
-            take(
-                &mut report,
-                &[
-                    &format!("LAB-LOST {step} of a cold"),
-                    &format!("LAB-STEP {step} ok"),
-                ],
-            );
-        }
-        report.take("LAB-RESULT 6 0");
-        assert_eq!(report.fault(), None);
-        report.take("LAB-LOST g of a cold");
-        assert_eq!(
-            report.fault().unwrap(),
-            "tries that were lost: 7 (7 because of a cold), and 6 may be"
-        );
-        // Nor is there another lab host.
-        report.take("LAB-TRY h");
-        assert_eq!(go_on(&mut report), None);
     }
 
     #[test]

@@ -66,7 +66,6 @@ pub fn read_as_told(words: &[String]) {
     let frontend = Frontend::connect(Path::new(socket), &WITHOUT_BOUNCES.frontend()).unwrap();
     let mut machine = MicroVm::new(&frontend, PROCESSORS, WITHOUT_BOUNCES.path);
     load_all(&mut machine, Content::named(content));
-    println!("  {} states lost", machine.lost_states());
 }
 
 /// Most of the image was allocated, or the test has shown nothing; and next to nothing of it is left.

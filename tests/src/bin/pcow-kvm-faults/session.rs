@@ -89,10 +89,10 @@ impl Session {
             frontend,
             backend,
         } = self;
-        let (repeated, lost) = (machine.repeated_entries(), machine.lost_states());
+        let repeated = machine.repeated_entries();
         drop(machine);
         let counted = frontend.mapping_counts();
-        println!("  {counted:?}, {repeated} entries repeated, {lost} states lost");
+        println!("  {counted:?}, {repeated} entries repeated");
         let counts = end(backend, frontend);
         counts.expect_at_least(counted);
         counts
