@@ -524,6 +524,11 @@ fn after_a_failed_flush_the_next_opening_keeps_what_was_flushed_before_and_gives
     image.flush().unwrap();
     store(&image, 2 << 20, 3);
     let map = path.join(map_name(image.root().active));
+    // On DAX the third is data already, and stays.
+    let (given_up, third) = match image.domain() {
+        Domain::PageCache => (1, 0),
+        Domain::Dax => (0, 3),
+    };
     drop(image);
     let identity = Identity {
         device: 0,
@@ -533,11 +538,11 @@ fn after_a_failed_flush_the_next_opening_keeps_what_was_flushed_before_and_gives
     let tag = Tag::of_failed_flush(identity).encode();
     let map = std::fs::File::options().write(true).open(map).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&map, &tag, TAG_OFFSET).unwrap();
-    for discarded in [1, 0] {
+    for discarded in [given_up, 0] {
         let image = open(&path);
         assert_eq!(image.recovery().discarded_clusters, discarded);
         let shown = [0, 1 << 20, 2 << 20].map(|at| load(&image, at));
-        assert_eq!(shown, [1, 2, 0]);
+        assert_eq!(shown, [1, 2, third]);
     }
     // An opening gives no storage back (I3).
     let report = check(&Stored::open(&path, &[]).unwrap()).unwrap();
