@@ -151,7 +151,9 @@ impl Backend {
                 BackendAction::ReplyRegion => send_region(&main, region, fds),
                 BackendAction::TakeChannel(reply) => {
                     channel = received.fds.pop();
-                    assert_eq!(reply, None);
+                    if let Some(reply) = reply {
+                        main.send(&reply.encode(), &[]).unwrap();
+                    }
                 }
                 BackendAction::Attach(fault_fd) => {
                     let uffd = Uffd::from_peer(received.fds.pop().unwrap()).unwrap();

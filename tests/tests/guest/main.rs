@@ -10,8 +10,13 @@ mod devices;
 mod flushes;
 mod full_disk;
 mod live_snapshots;
+mod moments;
 mod monitor;
 mod reattach;
 mod refusals;
 mod snapshots;
 mod thin;
+// Not all of it is needed here.
+#[allow(dead_code)]
+#[path = "../../../pcow-protocol/tests/frontend/backend.rs"]
+mod told_backend;
