@@ -39,6 +39,7 @@ const EVENTS: &[&str] = &[
     "fs_dax/dax_pte_fault_done",
     "ext4/ext4_sync_file_enter",
     "xfs/xfs_file_fsync",
+    "xfs/xfs_dir_fsync",
 ];
 
 /// An image on DAX; `unit` as `--allocation-unit`.
@@ -118,7 +119,7 @@ impl Served {
 
 /// Whether somebody waited for a commit of the filesystem's journal.
 fn is_commit(event: &Event) -> bool {
-    ["ext4_sync_file_enter", "xfs_file_fsync"].contains(&&*event.name)
+    ["ext4_sync_file_enter", "xfs_file_fsync", "xfs_dir_fsync"].contains(&&*event.name)
 }
 
 /// Faults of an image's data, and commits of all its files.
