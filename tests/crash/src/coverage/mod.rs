@@ -17,7 +17,7 @@ use crate::setting::{SCENES, Setting};
 use crate::sites::{self, is_of_others};
 use crate::violation::Violation;
 use crate::workload::{OPERATIONS, Run};
-use tables::{ALSO, DAX, DOES, EXCEPT, NEVER, ONLY, PAGE_CACHE, STEPS};
+use tables::{ALSO, DAX, DOES, EXCEPT, NEVER, ONLY, PAGE_CACHE, RARE, STEPS};
 
 /// Operation, medium and call site.
 pub type Cell = (&'static str, &'static str, &'static str);
@@ -33,6 +33,9 @@ pub const RECOVERY: &str = "recovery";
 pub fn reason(operation: &str, medium: &str, site: &str) -> Option<String> {
     if ALSO.contains(&(operation, medium, site)) {
         return None;
+    }
+    if let Some(reason) = rarity(operation, site) {
+        return Some(reason.to_owned());
     }
     if let Some((_, reason)) = NEVER.iter().find(|(s, _)| *s == site) {
         return Some((*reason).to_owned());
@@ -51,6 +54,12 @@ pub fn reason(operation: &str, medium: &str, site: &str) -> Option<String> {
     let (step, _) = step?;
     let does = DOES.iter().find(|(name, _)| *name == operation)?.1;
     (!does.contains(step)).then(|| format!("no step: {step}"))
+}
+
+/// Why only long workloads fill a cell, if that is so.
+fn rarity(operation: &str, site: &str) -> Option<&'static str> {
+    let is_it = |(o, s, _): &&(&str, &str, &str)| *o == operation && *s == site;
+    RARE.iter().find(is_it).map(|(.., reason)| *reason)
 }
 
 /// The operations of the table, in its order.
@@ -78,7 +87,9 @@ pub fn contradictions(cells: &Cells) -> Vec<String> {
         let cell = || format!("{operation}, {medium}, {site}");
         match (count, reason(operation, medium, site)) {
             (0, None) => Some(format!("{}: never cut off, and no reason why", cell())),
-            (1.., Some(reason)) => Some(format!("{}: cut off, but '{reason}'", cell())),
+            (1.., Some(reason)) if rarity(operation, site).is_none() => {
+                Some(format!("{}: cut off, but '{reason}'", cell()))
+            }
             _ => None,
         }
     };

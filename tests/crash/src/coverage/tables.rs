@@ -617,3 +617,10 @@ pub(super) const ALSO: &[(&str, &str, &str)] = &[
     ("flush of data that fails", PAGE_CACHE, "active.flush.data"),
     ("flush of data that fails", DAX, "active.flush.data"),
 ];
+
+/// Calls that only long workloads get to: their cells may be empty, for this reason, and need not be.
+pub(super) const RARE: &[(&str, &str, &str)] = &[(
+    "rollback",
+    "active.give_back.punch",
+    "takes four operations: a snapshot, a store, storage prepared ahead, and this",
+)];
