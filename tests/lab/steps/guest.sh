@@ -72,8 +72,8 @@ start_beside() {
 end_beside() {
     failure=
     if [ -n "$beside" ]; then
-        # A guest that has ended early may have left it waiting.
-        if [ "$status" != 0 ]; then kill "$beside_process" || true; fi
+        # A guest that did not come to its end, as one that was reset, may have left it waiting.
+        if ! grep -q '^PCOW-GUEST-EXIT' /tmp/guest.log; then kill "$beside_process" || true; fi
         wait "$beside_process" || failure="what ran beside the guest failed"
     fi
 }
