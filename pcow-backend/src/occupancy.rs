@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Whether a frontend is attached: there can be one at a time.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ enum State {
 pub struct Occupancy {
     state: Mutex<State>,
     changed: Condvar,
+    was_taken: AtomicBool,
 }
 
 impl Default for Occupancy {
@@ -30,6 +32,7 @@ impl Default for Occupancy {
         Self {
             state: Mutex::new(State::Free),
             changed: Condvar::new(),
+            was_taken: AtomicBool::new(false),
         }
     }
 }
@@ -43,6 +46,7 @@ impl Occupancy {
         let free = *state == State::Free;
         if free {
             *state = State::Attached;
+            self.was_taken.store(true, Ordering::Relaxed);
         }
         free
     }
@@ -81,6 +85,11 @@ impl Occupancy {
         self.changed.notify_all();
     }
 
+    /// Whether a frontend has ever been attached. One that lost its session may live on, with what was mapped into it.
+    pub fn was_taken(&self) -> bool {
+        self.was_taken.load(Ordering::Relaxed)
+    }
+
     /// Whether a frontend is attached.
     pub fn is_attached(&self) -> bool {
         *self.lock() == State::Attached
@@ -113,13 +122,13 @@ mod tests {
     #[test]
     fn a_frontend_waits_for_who_has_reserved_its_place() {
         let place = Occupancy::default();
-        assert!(place.reserve() && !place.reserve());
+        assert!(place.reserve() && !place.reserve() && !place.was_taken());
         std::thread::scope(|scope| {
             let next = scope.spawn(|| place.take());
             assert!(!place.is_attached());
             place.free();
             assert!(next.join().unwrap());
         });
-        assert!(!place.reserve());
+        assert!(!place.reserve() && place.was_taken());
     }
 }

@@ -4,6 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -265,7 +266,27 @@ fn a_backend_flushes_at_intervals_while_a_frontend_that_is_not_back_may_store() 
     let (image, mut backend, _keeps) = kept_image(&s, &["--flush-interval", "0"]);
     backend.restart(&image, &["--flush-interval", "1"]);
     backend.wait_for_log("waiting for it to come back");
-    // More than the flushes at the beginning take.
+    wait_for_flushes(&backend);
+}
+
+#[test]
+fn a_backend_flushes_at_intervals_what_a_frontend_may_store_that_lost_its_session() {
+    let s = Scratch::new();
+    let image = s.image("a", 4 * MIB, 64 << 10);
+    let backend = Backend::start(&image, &["--flush-interval", "1"]);
+    let stream = UnixStream::connect(backend.socket()).unwrap();
+    let cut = stream.try_clone().unwrap();
+    let keeps = Frontend::from_stream(stream, &no_return()).unwrap();
+    let memory = Memory::new(keeps.region());
+    memory.store(8, 7);
+    shutdown(&cut, Shutdown::Both).unwrap();
+    backend.wait_for_log("frontend detached");
+    memory.store(8, 9);
+    wait_for_flushes(&backend);
+}
+
+/// Waits until more was flushed than at the beginning or the end of a session; `backend` is killed then.
+fn wait_for_flushes(backend: &Backend) {
     let strace = Strace::kill_at(backend.pid(), "fdatasync", 8);
     wait_until("it flushes again and again", PATIENCE, || {
         has_ended(backend.pid())

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Flushes at intervals, in a thread of its own: no frontend waits for the storage to be attached, or attached again.
 //!
-//! A guest stores into what it has mapped whether there is a backend or not. So a flush is due while a frontend is attached, while
-//! one has the image that has not come back yet, and at once if one was found so: nobody has flushed since its backend ended.
+//! A guest stores into what was mapped into it whether it has a session or not. So flushes are due once a frontend has been
+//! attached, while one has the image that has not come back yet, and at once if one was found so: nobody has flushed since its
+//! backend ended.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -73,8 +74,11 @@ fn work(offer: &Offer, interval: Duration, end: &End) {
     let is_kept = || offer.disk.lock().is_none();
     let mut patience = if is_kept() { Duration::ZERO } else { interval };
     while !end.comes_within(patience) {
-        // What fails is told there.
-        if (offer.place.is_attached() || is_kept()) && offer.flush().is_ok() {
+        if offer.place.was_taken() || is_kept() {
+            // It is told there, and every later flush fails, too.
+            if offer.flush().is_err() {
+                return;
+            }
             log::debug!("flushed by itself");
         }
         patience = interval;
