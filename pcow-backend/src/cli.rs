@@ -68,6 +68,10 @@ pub struct Cli {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(16..))]
     pub max_mappings: Option<u32>,
 
+    /// Serve through the page cache an image whose device can do DAX, such as one on a filesystem that is mounted without it.
+    #[arg(long, conflicts_with = "read_only")]
+    pub page_cache: bool,
+
     /// Seconds between flushes of what a guest on page cache has written; 0 for none.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub flush_interval: u64,

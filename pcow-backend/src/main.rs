@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use pcow_format::medium::Hindrance;
+use pcow_format::medium::{Domain, Hindrance};
 use pcow_format::{Image, Stored};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -169,6 +169,9 @@ fn open(path: &Path, cli: &Cli) -> Result<Served, Failure> {
         announce(path, &disk);
         return Ok(Served::ReadOnly(Arc::new(disk)));
     }
+    if !cli.page_cache {
+        refuse_without_dax(&Stored::open(path, &cli.base_dir)?)?;
+    }
     let image = Image::open_to_serve(path, &cli.base_dir)?;
     let discarded = image.recovery().discarded_clusters;
     if discarded > 0 {
@@ -187,6 +190,25 @@ fn open(path: &Path, cli: &Cli) -> Result<Served, Failure> {
     let disk = WritableDisk::new(image);
     announce(path, &disk);
     Ok(Served::ForWriting(Arc::new(disk)))
+}
+
+/// Who has an image on persistent memory expects that a guest's own flushes are durable. What leaves DAX must say so.
+fn refuse_without_dax(stored: &Stored) -> Result<(), Failure> {
+    // Files of two domains are refused at the opening, with other advice.
+    if !matches!(stored.domain(), Ok(Domain::PageCache)) {
+        return Ok(());
+    }
+    let Some((file, hindrance)) = stored.dax_hindrance()? else {
+        return Ok(());
+    };
+    let advice = hindrance
+        .advice()
+        .map_or(String::new(), |a| format!("{a}; "));
+    Err(Failure::new(format!(
+        "{file} {}; {advice}or serve it through the page cache, where flushes of a guest through nvdimm do not reach the \
+         disk: --page-cache",
+        hindrance.reason()
+    )))
 }
 
 fn announce(path: &Path, disk: &dyn Disk) {
@@ -211,10 +233,7 @@ fn announce(path: &Path, disk: &dyn Disk) {
         );
         let file = disk.file(disk::FileKey::Active);
         if let Some(hindrance) = file.as_real().and_then(Hindrance::of) {
-            let advice = hindrance
-                .advice()
-                .map_or(String::new(), |a| format!("; {a}"));
-            log::warn!("the image {}{advice}", hindrance.reason());
+            log::warn!("the image {}", hindrance.reason());
         }
     }
 }

@@ -355,28 +355,47 @@ impl Active {
     }
 
     fn write_words(&self, run: ClusterRange, state: State) -> Result<()> {
-        for (number, slots) in map::words_of(run) {
-            let mut live = self.live();
-            let word = self.read_word(number)?;
-            let word = slots.fold(word, |word, slot| word.with(slot, state));
-            if word.has_live() {
-                live.insert(number);
-            }
-            self.write_word(Site("active.word"), number, word)?;
+        let mut words = map::words_of(run).peekable();
+        while let Some(&(first, _)) = words.peek() {
+            let line = map::line_of(first);
+            let mut of_line =
+                std::iter::from_fn(|| words.next_if(|(n, _)| map::line_of(*n) == line));
+            let stored =
+                of_line.try_for_each(|(number, slots)| self.set_slots(number, slots, state));
+            // Once for all words of a line, and after an error, too: some may have been stored.
+            self.write_word_back(first).and(stored)?;
         }
         Ok(())
     }
 
-    fn write_word(&self, site: Site, number: u64, word: Word) -> Result<()> {
+    fn set_slots(&self, number: u64, slots: Range<u64>, state: State) -> Result<()> {
+        let mut live = self.live();
+        let word = self.read_word(number)?;
+        let word = slots.fold(word, |word, slot| word.with(slot, state));
+        if word.has_live() {
+            live.insert(number);
+        }
+        self.store_word(Site("active.word"), number, word)
+    }
+
+    /// Where a word is in the domain of processes. On DAX [`Active::write_word_back`] and a fence make it durable.
+    fn store_word(&self, site: Site, number: u64, word: Word) -> Result<()> {
         let offset = map::word_offset(number);
         match self.domain {
             Domain::PageCache => self.map.write_at(site, &word.0.to_le_bytes(), offset),
-            Domain::Dax => self
-                .map
-                .store_word(site, offset, word.0)
-                .and_then(|()| self.map.write_back(Site("active.word.write_back"), offset)),
+            Domain::Dax => self.map.store_word(site, offset, word.0),
         }
         .context(|| format!("cannot write the map of layer {}", self.name))
+    }
+
+    /// Starts to write the line of a word back, on DAX.
+    fn write_word_back(&self, number: u64) -> Result<()> {
+        if self.domain == Domain::PageCache {
+            return Ok(());
+        }
+        self.map
+            .write_back(Site("active.word.write_back"), map::word_offset(number))
+            .context(|| format!("cannot write the map of layer {}", self.name))
     }
 
     fn read_word(&self, number: u64) -> Result<Word> {

@@ -169,6 +169,13 @@ pub fn words_of(run: ClusterRange) -> impl Iterator<Item = (u64, std::ops::Range
     })
 }
 
+/// Which cache line of 64 bytes, the smallest of the processors with DAX, a word lies in.
+pub(crate) fn line_of(word: u64) -> u64 {
+    const WORDS_PER_LINE: u64 = 8;
+    const { assert!(WORDS_OFFSET.is_multiple_of(WORDS_PER_LINE * 8)) };
+    word / WORDS_PER_LINE
+}
+
 /// Length of the map file of a layer: header page and words, in whole pages.
 pub fn file_bytes(size: VirtualSize, cluster: ClusterSize) -> u64 {
     let words = cluster

@@ -12,6 +12,8 @@ pub enum Mutant {
     OrphanRemoved,
     /// A flush after one that has failed is tried again.
     FlushErrorForgotten,
+    /// A snapshot does not flush the layer that it seals; only its preparation does.
+    SealUnflushed,
     /// A writer does not take the *serving* byte of the lock.
     ServingLockDropped,
 }

@@ -227,6 +227,6 @@ fn assumptions_and_invariants_are_numbered_without_gaps() {
     }
     let assumptions = rows("## 12. Media assumptions");
     let numbers: Vec<_> = assumptions.iter().map(|row| row[0].clone()).collect();
-    let expected: Vec<_> = (1..=17).map(|n| format!("M{n}")).collect();
+    let expected: Vec<_> = (1..=18).map(|n| format!("M{n}")).collect();
     assert_eq!(numbers, expected);
 }

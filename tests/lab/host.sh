@@ -68,6 +68,8 @@ on_filesystem() {
 tests_on_filesystem() {
     step "$fs/info" image_is_dax
     step "$fs/dax" rust_test pcow-tests.dax
+    # The short form has of XFS what depends most on the filesystem.
+    if [ "$LAB_FORM" = short ] && [ "$fs" = xfs ]; then return 0; fi
     step "$fs/frontend" rust_test pcow-protocol.frontend
     step "$fs/guest" guest_boots_twice
     step "$fs/clone" guest_changes_a_clone
@@ -80,19 +82,23 @@ tests_on_filesystem() {
         # Minutes, for what does not depend on the filesystem.
         if [ "$fs" = ext4 ]; then
             step "$fs/reading-all" guest_reads_without_allocating 512
-            step "$fs/reading-no-bounce" guest_reads_without_bounces 64
+            step "$fs/reading-no-bounce" guest_reads_without_bounces 512
             step "$fs/reading-exact" guest_reads_exactly 64
         fi
         step "$fs/clones" guests_change_clones
         step "$fs/disks" disks_read_into_dax_memory
-        step "$fs/network" network_sends_from_dax_memory
+        step "$fs/network" network_uses_dax_memory
+        step "$fs/processors" processors_store_and_load_at_once
+        step "$fs/whole-memory" whole_memory_is_dumped_and_ballooned
         step "$fs/pinning" pinning_devices_are_refused
         step "$fs/merging" no_store_is_lost_to_merging
         step "$fs/default-unit" guest_writes_with_the_default_unit
         step "$fs/domains" domains "$fs"
         step "$fs/huge-pages" guest_has_huge_pages
         step "$fs/format-parts" rust_test pcow-format.pcow_format
-        step "$fs/format" rust_test pcow-format.image
+        for part in image check deletion lock stream; do
+            step "$fs/format-$part" rust_test "pcow-format.$part"
+        done
         step "$fs/environment" rust_test pcow-protocol.environment
         step "$fs/mappings" rust_test pcow-tests.mapping_budget
         # Chains of a thousand layers and the default budgets do not fit into this host's memory.
@@ -129,8 +135,8 @@ power-*)
     power_loss
     exit
     ;;
-short | bench) filesystems=ext4 ;;
-full) filesystems="ext4 xfs" ;;
+bench) filesystems=ext4 ;;
+short | full) filesystems="ext4 xfs" ;;
 shell)
     sh -eu /lab/steps.sh make_namespace
     sh -eu /lab/steps.sh mount_dax ext4

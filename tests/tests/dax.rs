@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use pcow_format::check::check;
 use pcow_format::medium::Domain;
-use pcow_format::ops::{NewImage, create};
+use pcow_format::ops::{Base, NewImage, create};
 use pcow_format::{Cluster, ClusterSize, Image, Stored, VirtualSize, data_name};
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
@@ -44,22 +44,25 @@ const EVENTS: &[&str] = &[
 
 /// An image on DAX; `unit` as `--allocation-unit`.
 fn image(scratch: &Scratch, unit: Option<u64>) -> PathBuf {
-    let path = scratch.path("image");
+    created(&scratch.path("image"), unit, None)
+}
+
+fn created(path: &Path, unit: Option<u64>, base: Option<Base>) -> PathBuf {
     let new = NewImage {
-        size: Some(VirtualSize::new(SIZE).unwrap()),
+        size: base.is_none().then(|| VirtualSize::new(SIZE).unwrap()),
         cluster: ClusterSize::new(CLUSTER).unwrap(),
         allocation_unit: unit,
-        base: None,
+        base,
     };
-    create(&path, &new, &[]).unwrap();
-    let domain = Stored::open(&path, &[]).unwrap().domain().unwrap();
+    create(path, &new, &[]).unwrap();
+    let domain = Stored::open(path, &[]).unwrap().domain().unwrap();
     let place = path.display();
     assert_eq!(
         domain,
         Domain::Dax,
         "{place}: this test needs DAX, as in 'cargo xtask lab'"
     );
-    path
+    path.to_owned()
 }
 
 fn data_file(image: &Path) -> PathBuf {
@@ -177,13 +180,13 @@ fn blocks_of_data_are_huge_pages_for_the_next_frontend_too() {
     served.touch(4 * BLOCK, 3 * BLOCK);
     served.end();
     let served = Served::new(&path);
-    // The last session gave back what it had prepared ahead. Where that is not committed yet, as on XFS, the first touch waits
-    // for it, once.
-    File::open(&served.data).unwrap().sync_data().unwrap();
+    // The last session gave back what it had prepared ahead. XFS takes a file for changed until somebody has waited for the
+    // commit of that, even if it is committed already: the first touch does, once.
+    served.touch(4 * BLOCK + BLOCK / 2, PAGE);
     // Not in sequence, so that nothing is prepared meanwhile.
     let seen = served.traced(|| {
         served.touch(6 * BLOCK + BLOCK / 2, PAGE);
-        served.touch(4 * BLOCK + BLOCK / 2, PAGE);
+        served.touch(5 * BLOCK + BLOCK / 2, PAGE);
     });
     assert_eq!((seen.huge_pages(), seen.small_faults()), (2, 0), "{seen:?}");
     assert_eq!(seen.commits(), 0, "{seen:?}");
@@ -257,6 +260,29 @@ fn a_commit_of_any_file_of_an_image_is_seen() {
     }
     let seen = served.traced(|| ());
     assert_eq!(seen.commits(), 0, "{seen:?}");
+}
+
+/// I1: the bytes are written durably, which waits for the medium or for the journal, before the word says that they are there.
+#[test]
+fn a_copy_of_a_base_is_durable_before_it_is_handed_out() {
+    let scratch = Scratch::new();
+    let path = image(&scratch, Some(CLUSTER));
+    let served = Served::new(&path);
+    served.touch(0, CLUSTER);
+    served.end();
+    let base = Base::Image {
+        path,
+        snapshot: None,
+        reference: false,
+    };
+    let clone = created(&scratch.path("clone"), Some(CLUSTER), Some(base));
+    let served = Served::new(&clone);
+    let seen = served.traced(|| served.memory.store(0, 7));
+    assert!(seen.commits() > 0, "{seen:?}");
+    assert_eq!(served.memory.load(0), 7);
+    for at in (PAGE..CLUSTER).step_by(usize::try_from(PAGE).unwrap()) {
+        assert_eq!(served.memory.load(at), at + 1);
+    }
 }
 
 #[test]

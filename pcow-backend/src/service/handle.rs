@@ -121,7 +121,7 @@ fn figures(shared: &Shared) -> Figures {
 }
 
 /// Moments that are refused make no other mode, nor does a stranger beside threads of the frontend's (a debugger).
-fn direction(counters: &Counters, may_bounce: bool) -> Direction {
+pub(super) fn direction(counters: &Counters, may_bounce: bool) -> Direction {
     let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     if of(&counters.workers) > 0 {
         if may_bounce {

@@ -400,8 +400,9 @@ impl Stopped {
         );
         let cluster = self.0.disk.scope(0).end;
         log::info!(
-            "unknown direction: {} bounced, {} taken for stores after a bounce, {} copied on touch; {} clusters maybe \
-             clean, {} given back",
+            "loads and stores told apart: {}; unknown direction: {} bounced, {} taken for stores after a bounce, {} copied \
+             on touch; {} clusters maybe clean, {} given back",
+            handle::direction(c, self.0.may_bounce).name(),
             of(&c.bounced),
             of(&c.second),
             of(&c.on_touch),

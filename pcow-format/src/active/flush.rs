@@ -104,7 +104,8 @@ impl Active {
             let now = self.read_word(*number)?;
             let late = mutant::is(Mutant::LateWords);
             let settled = now.settle(if late { now } else { *noted });
-            self.write_word(Site("active.flush.word"), *number, settled)?;
+            self.store_word(Site("active.flush.word"), *number, settled)?;
+            self.write_word_back(*number)?;
             drop(guard);
         }
         Ok(())

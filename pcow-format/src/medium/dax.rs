@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stores to a file on a DAX filesystem: mapping, atomic store, cache-line write-back and fence.
 //!
-//! One of the three files of the crate that hold `unsafe`. On a machine whose write-back instruction is not known here no
+//! One of the few files of the crate that hold `unsafe`. On a machine whose write-back instruction is not known here no
 //! file counts as DAX, so that everything goes through `fdatasync`. The aarch64 part was never run on such a machine with
 //! persistent memory.
 #![allow(unsafe_code)]
@@ -169,29 +169,35 @@ mod cache {
     use std::ptr::NonNull;
     use std::sync::OnceLock;
 
-    #[derive(Clone, Copy)]
-    enum Instruction {
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Instruction {
         Clwb,
         ClflushOpt,
         Clflush,
     }
 
-    /// The cheapest instruction of this CPU (Intel SDM vol. 2, CPUID leaf 7, EBX bits 24 and 23).
-    fn instruction() -> Instruction {
+    /// The instructions of this CPU, the cheapest first (Intel SDM vol. 2, CPUID leaf 7, EBX bits 24 and 23).
+    pub(super) fn instructions() -> Vec<Instruction> {
+        let ebx = if __cpuid(0).eax < 7 {
+            0
+        } else {
+            __cpuid_count(7, 0).ebx
+        };
+        let has = |bit: u32| ebx & (1 << bit) != 0;
+        let all = [
+            (has(24), Instruction::Clwb),
+            (has(23), Instruction::ClflushOpt),
+            (true, Instruction::Clflush),
+        ];
+        all.into_iter()
+            .filter(|(has, _)| *has)
+            .map(|(_, i)| i)
+            .collect()
+    }
+
+    fn cheapest() -> Instruction {
         static CHOICE: OnceLock<Instruction> = OnceLock::new();
-        *CHOICE.get_or_init(|| {
-            if __cpuid(0).eax < 7 {
-                return Instruction::Clflush;
-            }
-            let ebx = __cpuid_count(7, 0).ebx;
-            if ebx & (1 << 24) != 0 {
-                Instruction::Clwb
-            } else if ebx & (1 << 23) != 0 {
-                Instruction::ClflushOpt
-            } else {
-                Instruction::Clflush
-            }
-        })
+        *CHOICE.get_or_init(|| instructions()[0])
     }
 
     /// Every x86-64 CPU has an instruction for it.
@@ -200,8 +206,13 @@ mod cache {
     }
 
     pub(crate) fn write_back(address: NonNull<u8>) {
+        write_back_with(cheapest(), address);
+    }
+
+    /// `instruction` is one of [`instructions`].
+    pub(super) fn write_back_with(instruction: Instruction, address: NonNull<u8>) {
         let p = address.as_ptr();
-        match instruction() {
+        match instruction {
             // SAFETY: the CPU has clwb; the address is mapped; the instruction changes no memory content.
             Instruction::Clwb => unsafe { asm!("clwb [{}]", in(reg) p, options(nostack)) },
             // SAFETY: the CPU has clflushopt; as above.
@@ -283,6 +294,22 @@ mod tests {
         // More than any address space has.
         let refused = grants_synchronous(&file, 1 << 62).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::ENOMEM));
+    }
+
+    /// Also those that this CPU does not take because it has a cheaper one.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn each_instruction_of_this_cpu_writes_back_and_changes_nothing() {
+        let instructions = cache::instructions();
+        assert_eq!(instructions.last(), Some(&cache::Instruction::Clflush));
+        let mut word = 0x5a5a_u64;
+        for instruction in instructions {
+            word += 1;
+            let before = word;
+            cache::write_back_with(instruction, NonNull::from(&mut word).cast());
+            fence();
+            assert_eq!(word, before, "{instruction:?}");
+        }
     }
 
     /// The page cache serves as well: the instruction is the same.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The operating system's files behind the seam. Content is read and written with `pread` and `pwrite` only, so that a
-//! truncated or poisoned file is an error, never a signal; the one mapping is for the words of a DAX file.
+//! truncated or poisoned file is an error, never a signal; mappings are for the words of a DAX file, and to write lines of one back.
 
 use std::any::Any;
 use std::fs;

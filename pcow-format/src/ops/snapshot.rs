@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Image, Stored, Written, replace_root};
 use crate::layer_files::{self, Pair, data_name};
 use crate::medium::{Access, Domain, File, Lease};
+use crate::mutant::{self, Mutant};
 use crate::root::{self, Layer, Proof, Root, Snapshot};
 
 /// How long a file may still be open for writing by nobody that matters.
@@ -191,7 +192,11 @@ impl Image {
         after: &mut Stored,
         checksum: Checksum,
     ) -> std::result::Result<Proof, Unsealed> {
-        let proof = self.prove_and_flush(layer, checksum)?;
+        let proof = if mutant::is(Mutant::SealUnflushed) {
+            self.prove(layer, checksum)?
+        } else {
+            self.prove_and_flush(layer, checksum)?
+        };
         let row = after.root_mut().row_mut(layer)?;
         row.proof = Some(proof);
         if checksum == Checksum::Now {
@@ -282,6 +287,15 @@ impl Image {
 
     /// Closes this process's own writer, makes sure that there is no other, and makes everything durable.
     fn prove_and_flush(&mut self, layer: Uuid, checksum: Checksum) -> Result<Proof> {
+        let proof = self.prove(layer, checksum)?;
+        // In both domains: with DAX this covers lines that the guest stored but did not write back itself, which have
+        // another address in front of them from now on.
+        self.flush()?;
+        Ok(proof)
+    }
+
+    /// Closes this process's own writer and makes sure that there is no other.
+    fn prove(&mut self, layer: Uuid, checksum: Checksum) -> Result<Proof> {
         let name = data_name(layer);
         let context = || format!("cannot seal {name}");
         // Nobody could use it in a sealed layer. If this fails, space is lost there, and 'check' says so.
@@ -293,11 +307,7 @@ impl Image {
             Checksum::Now => GRACE,
             Checksum::Later => LIVE_GRACE,
         };
-        let proof = prove_unwritable(self.active.data_file(), &name, grace)?;
-        // In both domains: with DAX this covers lines that the guest stored but did not write back itself, which have
-        // another address in front of them from now on.
-        self.flush()?;
-        Ok(proof)
+        prove_unwritable(self.active.data_file(), &name, grace)
     }
 
     /// Proves again that nobody can write to the data of `layer`, a sealed one of the image's own: for who goes on from it

@@ -17,7 +17,7 @@ use crate::oracle::{End, Survivor, Use, is_marked, judge, use_and_flush};
 use crate::random::{Random, newest};
 use crate::search::Recovered;
 use crate::setting::Setting;
-use crate::violation::{Broken, Trace, Violation};
+use crate::violation::{Broken, Part, Trace, Violation};
 use crate::workload::{
     Expected, Operation, Point, Run, clone_of_closed, put_newest_back, receive_again,
 };
@@ -25,6 +25,8 @@ use crate::workload::{
 /// How far to go at one act.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// What they are called in traces.
+    pub name: &'static str,
     /// An operation is cut off after one in so many of its acts; 1 for after each.
     pub acts: usize,
     /// Up to this many combinations all are tried.
@@ -35,7 +37,9 @@ pub struct Limits {
     pub nested: usize,
     /// In how many ways the image is used after a death, up to six.
     pub uses: usize,
-    /// One in so many states is used and crashed again; 1 for each.
+    /// The process dies after one in so many of the acts that are cut off; 1 for each.
+    pub deaths: usize,
+    /// One in so many states after a power cut is used and crashed again; 1 for each.
     pub depth: usize,
     /// How many contents of the disk are looked at through one opening, where that is crashed again.
     pub contents: usize,
@@ -99,18 +103,52 @@ impl<'a> Explorer<'a> {
         operations: &[&'static Operation],
         seed: u64,
     ) -> Result<bool, Box<Violation>> {
+        let Some(mut last) = self.last_of(operations, seed)? else {
+            return Ok(false);
+        };
+        self.cut(&last)?;
+        self.cut_at_new_sites(&mut last)?;
+        Ok(true)
+    }
+
+    /// Explores exactly what was explored when a violation was found. `false` if the workload cannot be done.
+    pub fn replay(&mut self, trace: &Trace) -> Result<bool, Box<Violation>> {
+        let (operations, seed) = (&trace.operations, trace.seed);
+        let acts = match &trace.part {
+            Part::From(first) => {
+                return self.explore_from(*first, operations, seed).map(|()| true);
+            }
+            Part::Last(acts) => acts,
+        };
+        let Some(mut last) = self.last_of(operations, seed)? else {
+            return Ok(false);
+        };
+        self.cut(&last)?;
+        // Another format may make fewer of them.
+        let made = last.points.len();
+        for act in acts.iter().filter(|act| **act < made) {
+            self.cut_also_after(*act, &mut last)?;
+        }
+        Ok(true)
+    }
+
+    /// Performs a workload; `None` if it cannot be done.
+    fn last_of(
+        &mut self,
+        operations: &[&'static Operation],
+        seed: u64,
+    ) -> Result<Option<Last>, Box<Violation>> {
         self.start(seed);
-        let mut run = self.open(operations, seed)?;
+        let trace = || self.trace(operations, Part::Last(Vec::new()), seed);
+        let mut run = self.open(trace, seed)?;
         for operation in operations {
-            if !self.perform(&mut run, operation, operations, seed)? {
-                return Ok(false);
+            if !perform(&mut run, operation, trace)? {
+                return Ok(None);
             }
         }
+        let last = Last::of(&mut run, trace());
         self.stats.workloads += 1;
-        let last = Last::of(&mut run, operations, seed);
-        self.cut(&last)?;
-        self.cut_at_new_sites(&last)?;
-        Ok(true)
+        Ok(Some(last))
     }
 
     /// Explores every operation of a workload but the `first` ones, each at some of its acts; those that cannot be done
@@ -122,14 +160,13 @@ impl<'a> Explorer<'a> {
         seed: u64,
     ) -> Result<(), Box<Violation>> {
         self.start(seed);
-        let mut done = Vec::new();
-        let mut run = self.open(&done, seed)?;
+        let mut run = self.open(|| self.trace(&[], Part::From(0), seed), seed)?;
         for (i, operation) in operations.iter().enumerate() {
-            done.push(*operation);
-            if !self.perform(&mut run, operation, &done, seed)? {
-                done.pop();
-            } else if i >= first {
-                self.cut(&Last::of(&mut run, &done, seed))?;
+            // A trace ends with the operation at which it was found, which may be one of the first.
+            let trace = || self.trace(&operations[..=i], Part::From(first.min(i)), seed);
+            if perform(&mut run, operation, trace)? && i >= first {
+                let last = Last::of(&mut run, trace());
+                self.cut(&last)?;
             }
         }
         self.stats.workloads += 1;
@@ -141,47 +178,22 @@ impl<'a> Explorer<'a> {
         self.random = Random(seed);
     }
 
-    fn open(
-        &self,
-        operations: &[&'static Operation],
-        seed: u64,
-    ) -> Result<Run<'a>, Box<Violation>> {
-        Run::new(self.setting, seed)
-            .map_err(|e| self.violation(operations, seed, Vec::new(), Broken::after("none")(e)))
+    fn open(&self, trace: impl Fn() -> Trace, seed: u64) -> Result<Run<'a>, Box<Violation>> {
+        Run::new(self.setting, seed).map_err(|e| without_crash(trace(), e))
     }
 
-    fn perform(
-        &self,
-        run: &mut Run<'_>,
-        operation: &Operation,
-        operations: &[&'static Operation],
-        seed: u64,
-    ) -> Result<bool, Box<Violation>> {
-        run.perform(operation)
-            .map_err(|e| self.violation(operations, seed, Vec::new(), Broken::after("none")(e)))
-    }
-
-    fn violation(
-        &self,
-        operations: &[&'static Operation],
-        seed: u64,
-        acts: Vec<String>,
-        broken: Broken,
-    ) -> Box<Violation> {
-        Box::new(Violation {
-            trace: Trace {
-                scene: self.setting.scene.name,
-                operations: operations.to_vec(),
-                seed,
-            },
-            acts,
-            crash: broken.crash,
-            problem: broken.problem,
-        })
+    fn trace(&self, operations: &[&'static Operation], part: Part, seed: u64) -> Trace {
+        Trace {
+            scene: self.setting.scene.name,
+            limits: self.limits,
+            part,
+            seed,
+            operations: operations.to_vec(),
+        }
     }
 
     /// Explores the last operation.
-    fn cut(&mut self, last: &Last<'_>) -> Result<(), Box<Violation>> {
+    fn cut(&mut self, last: &Last) -> Result<(), Box<Violation>> {
         for act in 0..last.points.len() {
             if self.random.once_in(self.limits.acts) {
                 self.cut_after(act, last)?;
@@ -192,24 +204,32 @@ impl<'a> Explorer<'a> {
 
     /// Explores the last operation at those of its call sites at which chance never had it cut off: some come in so few
     /// workloads that chance alone may leave out all of them.
-    fn cut_at_new_sites(&mut self, last: &Last<'_>) -> Result<(), Box<Violation>> {
-        for (act, point) in last.points.iter().enumerate() {
-            let cell = self.cell(last.name(), &point.moment);
+    fn cut_at_new_sites(&mut self, last: &mut Last) -> Result<(), Box<Violation>> {
+        for act in 0..last.points.len() {
+            let cell = self.cell(last.name(), &last.points[act].moment);
             if !self.stats.cells.contains_key(&cell) {
-                self.cut_after(act, last)?;
+                self.cut_also_after(act, last)?;
             }
         }
         Ok(())
     }
 
-    fn cut_after(&mut self, act: usize, last: &Last<'_>) -> Result<(), Box<Violation>> {
+    /// Which acts these are depends on the workloads before, so the trace has to name them.
+    fn cut_also_after(&mut self, act: usize, last: &mut Last) -> Result<(), Box<Violation>> {
+        if let Part::Last(acts) = &mut last.trace.part {
+            acts.push(act);
+        }
+        self.cut_after(act, last)
+    }
+
+    fn cut_after(&mut self, act: usize, last: &Last) -> Result<(), Box<Violation>> {
         let point = &last.points[act];
         self.stats.acts += 1;
         self.cover(last.name(), &point.moment);
         self.crash(&point.moment, &point.expected, last.boot)
             .map_err(|broken| {
                 let acts = acts(&last.points[..=act]);
-                self.violation(last.operations, last.seed, acts, broken)
+                violation(last.trace.clone(), acts, broken)
             })
     }
 
@@ -230,7 +250,7 @@ impl<'a> Explorer<'a> {
         expected: &Expected,
         boot: u128,
     ) -> Result<(), Broken> {
-        if self.random.once_in(self.limits.depth) {
+        if self.random.once_in(self.limits.deaths) {
             self.kill(moment, expected, boot)?;
         }
         let (choices, wanted) = (moment.choices(), expected.digest());
@@ -463,26 +483,46 @@ impl<'a> Explorer<'a> {
 }
 
 /// The last operation of a workload, with what led there.
-struct Last<'a> {
+struct Last {
     points: Vec<Point>,
-    operations: &'a [&'static Operation],
     boot: u128,
-    seed: u64,
+    trace: Trace,
 }
 
-impl<'a> Last<'a> {
-    fn of(run: &mut Run<'_>, operations: &'a [&'static Operation], seed: u64) -> Self {
+impl Last {
+    fn of(run: &mut Run<'_>, trace: Trace) -> Self {
         Self {
             points: run.points(),
-            operations,
             boot: run.boot,
-            seed,
+            trace,
         }
     }
 
     fn name(&self) -> &'static str {
-        self.operations.last().map_or(OPENING, |o| o.name)
+        self.trace.operations.last().map_or(OPENING, |o| o.name)
     }
+}
+
+fn perform(
+    run: &mut Run<'_>,
+    operation: &Operation,
+    trace: impl Fn() -> Trace,
+) -> Result<bool, Box<Violation>> {
+    run.perform(operation)
+        .map_err(|e| without_crash(trace(), e))
+}
+
+fn without_crash(trace: Trace, problem: String) -> Box<Violation> {
+    violation(trace, Vec::new(), Broken::after("none")(problem))
+}
+
+fn violation(trace: Trace, acts: Vec<String>, broken: Broken) -> Box<Violation> {
+    Box::new(Violation {
+        trace,
+        acts,
+        crash: broken.crash,
+        problem: broken.problem,
+    })
 }
 
 /// A power cut: what it decides, and how.

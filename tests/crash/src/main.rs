@@ -11,7 +11,7 @@ use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
 use pcow_crash::search::{
-    BRIEF, CLOSE, FAST, LONG, LONGEST, Recovered, WIDE, explore_long, explore_short, replay,
+    BRIEF, CLOSE, FAST, LONG, LONGEST, MANY, Recovered, WIDE, explore_long, explore_short, replay,
 };
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::sites::is_of_others;
@@ -121,7 +121,7 @@ fn mutants(part: &str) -> Result<(), String> {
 /// the others differ from them in what shorter workloads reach.
 fn limits(scene: &str, long: bool) -> &'static [Limits] {
     match scene {
-        "page-cache" | "dax" if long => &[CLOSE, WIDE, FAST],
+        "page-cache" | "dax" if long => &[CLOSE, WIDE, MANY],
         "page-cache" | "dax" => &[CLOSE, FAST, BRIEF],
         "page-cache-wide" | "dax-wide" => &[CLOSE],
         _ if long => &[CLOSE, FAST, BRIEF],

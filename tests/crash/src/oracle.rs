@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::digest::Digest;
 use crate::model::{CLUSTER_BYTES, Contents, Model, Place, Role, Snapshot, check_equal};
-use crate::setting::{self, BYSTANDERS, Setting, text};
+use crate::setting::{self, Bystander, Setting, text};
 use crate::workload::{Expected, other_base, store_word, write_back};
 
 /// How the process ended.
@@ -358,28 +358,60 @@ impl Case<'_> {
             let mut clones = possible.iter().flat_map(|m| &m.clones);
             match clones.find(|(n, _)| n == name) {
                 Some((_, contents)) => self.check_other(name, contents)?,
-                None => drop(setting::stored(self.sim, name, self.boot)?),
+                None => {
+                    check_structure(&setting::stored(self.sim, name, self.boot)?)?;
+                }
             }
         }
         Ok(())
     }
 
     fn check_bystanders(&self) -> Result<(), String> {
-        for (name, contents) in BYSTANDERS.iter().zip(&self.setting.bystanders) {
-            self.check_other(name, contents)?;
+        for bystander in &self.setting.bystanders {
+            let check = |stored: &Stored| self.check_snapshots_of(bystander, stored);
+            self.check_beside(bystander.name, &bystander.contents, check)?;
         }
         Ok(())
     }
 
-    /// Compares an image that is not worked on.
+    fn check_snapshots_of(&self, bystander: &Bystander, stored: &Stored) -> Result<(), String> {
+        let (name, snapshots) = (bystander.name, &stored.root().snapshots);
+        for number in &bystander.snapshots {
+            if !snapshots.iter().any(|s| s.number == *number) {
+                return Err(format!("{name}: snapshot {number} is gone"));
+            }
+        }
+        for snapshot in snapshots {
+            let found = setting::layer_contents(self.setting.plan(), stored, snapshot.layer)?;
+            let what = format!("{name}, snapshot {}", snapshot.number);
+            check_equal(&what, &found, &bystander.contents)?;
+        }
+        Ok(())
+    }
+
+    /// Checks an image that was made from the one that is worked on.
     fn check_other(&self, name: &str, expected: &Contents) -> Result<(), String> {
+        self.check_beside(name, expected, |_| Ok(()))
+    }
+
+    /// Checks an image that is not worked on; `more` sees it, too.
+    fn check_beside(
+        &self,
+        name: &str,
+        expected: &Contents,
+        more: impl FnOnce(&Stored) -> Result<(), String>,
+    ) -> Result<(), String> {
         let fingerprint = self.sim.fingerprint_of(name);
-        // The very same files show the very same bytes. A clone's are made once for one content.
+        // The very same files show the very same bytes and pass the same checks. A clone's are made once for one content.
         if fingerprint.is_some_and(|f| self.setting.is_sound(f)) {
             return Ok(());
         }
-        let found = setting::contents(self.setting.plan(), self.sim, name, self.boot)?;
+        let stored = setting::stored(self.sim, name, self.boot)?;
+        check_structure(&stored).map_err(|e| format!("{name}: {e}"))?;
+        let top = stored.root().active;
+        let found = setting::layer_contents(self.setting.plan(), &stored, top)?;
         check_equal(name, &found, expected)?;
+        more(&stored)?;
         fingerprint
             .into_iter()
             .for_each(|f| self.setting.note_sound(f));

@@ -7,70 +7,94 @@ use std::sync::{Mutex, PoisonError};
 use crate::digest::DigestSet;
 use crate::explorer::{Explorer, Limits, Stats};
 use crate::random::Random;
-use crate::setting::{SCENES, Setting};
+use crate::setting::{Scene, Setting};
 use crate::violation::{Trace, Violation};
 use crate::workload::{OPERATIONS, Operation};
 
 /// For single operations.
 pub const CLOSE: Limits = Limits {
+    name: "close",
     acts: 1,
     exhaustive: 32,
     samples: 12,
     nested: 3,
     uses: 6,
+    deaths: 1,
     depth: 1,
     contents: 16,
 };
 
 /// Where there are many workloads.
 pub const WIDE: Limits = Limits {
+    name: "wide",
     acts: 1,
     exhaustive: 12,
     samples: 6,
     nested: 2,
     uses: 1,
+    deaths: 1,
     depth: 1,
     contents: 8,
 };
 
 /// Where there are very many.
 pub const FAST: Limits = Limits {
+    name: "fast",
     acts: 1,
     exhaustive: 6,
     samples: 4,
     nested: 1,
     uses: 1,
+    deaths: 1,
     depth: 3,
     contents: 4,
 };
 
+/// For three operations in the long form: a death after each act takes half as long again, and pairs have it.
+pub const MANY: Limits = Limits {
+    name: "many",
+    deaths: 3,
+    ..FAST
+};
+
 /// Where there are more still.
 pub const BRIEF: Limits = Limits {
+    name: "brief",
     acts: 3,
     exhaustive: 4,
     samples: 3,
     nested: 1,
     uses: 1,
+    deaths: 16,
     depth: 16,
     contents: 8,
 };
 
 /// For long random workloads: most of what they leave is new.
 pub const LONG: Limits = Limits {
+    name: "long",
     acts: 5,
     exhaustive: 8,
     samples: 8,
     nested: 1,
     uses: 1,
+    deaths: 2,
     depth: 2,
     contents: 4096,
 };
 
 /// For the long form: the more contents are looked at behind one opening, the less time goes into openings.
 pub const LONGEST: Limits = Limits {
+    name: "longest",
     contents: 32768,
     ..LONG
 };
+
+/// The limits that a trace calls so.
+pub fn limits_named(name: &str) -> Option<Limits> {
+    let all = [CLOSE, WIDE, FAST, MANY, BRIEF, LONG, LONGEST];
+    all.into_iter().find(|limits| limits.name == name)
+}
 
 /// Stores with which a long workload begins, at most, before its first flush.
 const MAX_FIRST_STORES: usize = 40;
@@ -313,7 +337,8 @@ pub fn explore_long(
     )
 }
 
-/// Leaves out operations without which the violation is still found.
+/// Leaves out operations without which the violation is still found. What comes of that has a trace of its own: it was found
+/// by looking more closely, and at all of its operations.
 fn shorten(setting: &Setting, mut violation: Box<Violation>) -> Box<Violation> {
     let recovered = Recovered::default();
     let mut i = 0;
@@ -329,17 +354,16 @@ fn shorten(setting: &Setting, mut violation: Box<Violation>) -> Box<Violation> {
     violation
 }
 
-/// Explores what a violation names once more, as closely as single operations are.
+/// Explores once more what was explored when a violation was found.
 pub fn replay(trace: &Trace) -> Result<Stats, Box<Violation>> {
-    let scene = SCENES.iter().find(|s| s.name == trace.scene);
-    let setting = Setting::new(scene.expect("a trace names a scene"), None);
+    let scene = Scene::named(trace.scene).expect("a trace names a scene");
+    replay_on(&Setting::new(scene, None), trace)
+}
+
+/// The same, on a setting of that scene that may have a fault.
+pub fn replay_on(setting: &Setting, trace: &Trace) -> Result<Stats, Box<Violation>> {
     let recovered = Recovered::default();
-    let mut stats = Stats::default();
-    for limits in [FAST, WIDE, CLOSE, LONG, LONGEST] {
-        let mut explorer = Explorer::new(&setting, limits, &recovered);
-        explorer.explore(&trace.operations, trace.seed)?;
-        explorer.explore_from(0, &trace.operations, trace.seed)?;
-        stats = explorer.stats;
-    }
-    Ok(stats)
+    let mut explorer = Explorer::new(setting, trace.limits, &recovered);
+    explorer.replay(trace)?;
+    Ok(explorer.stats)
 }

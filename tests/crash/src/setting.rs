@@ -106,6 +106,17 @@ impl Scene {
     }
 }
 
+/// An image that no workload stores to.
+#[derive(Debug, Clone)]
+pub struct Bystander {
+    /// What it is called.
+    pub name: &'static str,
+    /// What it shows, always. Nobody has stored to it since its first snapshot was taken, so each of them shows the same.
+    pub contents: Contents,
+    /// Numbers of the snapshots that it has at the start. Images that come to be based on it add others.
+    pub snapshots: Vec<u64>,
+}
+
 /// A place to start from.
 #[derive(Debug)]
 pub struct Setting {
@@ -117,8 +128,8 @@ pub struct Setting {
     pub models: Vec<Model>,
     /// What the first one shows at the start.
     pub first: Contents,
-    /// What the others show, always.
-    pub bystanders: Vec<Contents>,
+    /// The others.
+    pub bystanders: Vec<Bystander>,
     /// Number of the boot in which workloads begin.
     pub boot: u128,
     /// Map words that may ever be other than zero.
@@ -133,9 +144,7 @@ impl Setting {
         let sim = Sim::new(scene.created_in).with_tearing(scene.tearing);
         let mut boot = 1;
         build(scene, &sim, boot);
-        let read =
-            |name| contents(scene.plan, &sim, name, boot).expect("a fresh image can be read");
-        let bystanders = BYSTANDERS.map(read).to_vec();
+        let bystanders = BYSTANDERS.map(|name| Bystander::of(scene, &sim, name, boot));
         let mut start = sim.now();
         if scene.is_remounted() {
             let image = open(&sim, IMAGE, boot).expect("a fresh image opens");
@@ -162,7 +171,7 @@ impl Setting {
             start: sim.with_fault(scene.used_in, skipped).now(),
             models,
             first,
-            bystanders,
+            bystanders: bystanders.to_vec(),
             boot,
             words: words(scene.plan),
             sound: Mutex::default(),
@@ -193,6 +202,19 @@ impl Setting {
             .lock()
             .unwrap_or_else(|e| e.into_inner())
             .insert(fingerprint);
+    }
+}
+
+impl Bystander {
+    fn of(scene: &Scene, sim: &Sim, name: &'static str, boot: u128) -> Self {
+        let stored = stored(sim, name, boot).expect("a fresh image can be read");
+        let contents = layer_contents(scene.plan, &stored, stored.root().active);
+        let snapshots = stored.root().snapshots.iter().map(|s| s.number);
+        Self {
+            name,
+            contents: contents.expect("a fresh image can be read"),
+            snapshots: snapshots.collect(),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use pcow_crash::model::{Role, SMALL};
 use pcow_crash::setting::{self, IMAGE, Scene, Setting};
-use pcow_format::{Cluster, Image};
+use pcow_format::{Cluster, ClusterRange, Image};
 
 /// What the calls of one operation cost.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -18,16 +18,19 @@ struct Cost {
 }
 
 /// The cost of a store to the first cluster of `role`, after `before`.
-fn cost(scene: &str, role: Role, before: impl FnOnce(&Image, Cluster)) -> Cost {
+fn cost(scene: &str, role: Role, before: impl FnOnce(&Image, ClusterRange)) -> Cost {
+    let cluster = Cluster(SMALL.cluster(SMALL.first(role)));
+    cost_of(scene, cluster.only(), before)
+}
+
+/// The cost of making `run` data at once, after `before`.
+fn cost_of(scene: &str, run: ClusterRange, before: impl FnOnce(&Image, ClusterRange)) -> Cost {
     let setting = Setting::new(Scene::named(scene).unwrap(), None);
     let sim = setting.start.process_death();
     let image = setting::open(&sim, IMAGE, setting.boot).unwrap();
-    let cluster = Cluster(SMALL.cluster(SMALL.first(role)));
-    before(&image, cluster);
+    before(&image, run);
     sim.record();
-    image
-        .make_writable(cluster.only(), &mut Vec::new())
-        .unwrap();
+    image.make_writable(run, &mut Vec::new()).unwrap();
     let moments = sim.moments();
     let mut sites: Vec<_> = moments.iter().map(|m| m.act().site.0).collect();
     // A durable write is two acts of the simulation.
@@ -49,11 +52,11 @@ fn cost(scene: &str, role: Role, before: impl FnOnce(&Image, Cluster)) -> Cost {
     }
 }
 
-fn prepare(image: &Image, cluster: Cluster) {
-    image.active().prepare(cluster.only()).unwrap();
+fn prepare(image: &Image, run: ClusterRange) {
+    image.active().prepare(run).unwrap();
 }
 
-fn nothing(_: &Image, _: Cluster) {}
+fn nothing(_: &Image, _: ClusterRange) {}
 
 #[test]
 fn a_store_to_prepared_storage_costs_one_line_and_one_fence_on_dax() {
@@ -61,6 +64,18 @@ fn a_store_to_prepared_storage_costs_one_line_and_one_fence_on_dax() {
     let expected = Cost {
         fences: 1,
         write_backs: 1,
+        ..Cost::default()
+    };
+    assert_eq!(found, expected);
+}
+
+/// Seven words in two lines, as an allocation unit of many small clusters has. Each word was written back by itself.
+#[test]
+fn a_unit_of_many_clusters_costs_one_write_back_for_each_line_and_one_fence_on_dax() {
+    let found = cost_of("dax", ClusterRange::new(64, 288), prepare);
+    let expected = Cost {
+        fences: 1,
+        write_backs: 2,
         ..Cost::default()
     };
     assert_eq!(found, expected);
@@ -112,10 +127,8 @@ fn a_zero_over_the_base_is_left_with_one_sync_in_the_page_cache() {
 #[test]
 fn a_store_to_a_cluster_that_is_data_costs_nothing() {
     for scene in ["dax", "page-cache"] {
-        let written = |image: &Image, cluster: Cluster| {
-            image
-                .make_writable(cluster.only(), &mut Vec::new())
-                .unwrap();
+        let written = |image: &Image, run: ClusterRange| {
+            image.make_writable(run, &mut Vec::new()).unwrap();
         };
         assert_eq!(cost(scene, Role::Base, written), Cost::default(), "{scene}");
     }

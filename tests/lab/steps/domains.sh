@@ -7,53 +7,68 @@ remount() {
     mount -t "$1" -o "$2" /dev/pmem0 "$DAX"
 }
 
-# persistence IMAGE WORDS: what `info` must say.
-persistence() {
+# said_persistence IMAGE WORDS: what `info` must say.
+said_persistence() {
     pcow-img info "$1" >/tmp/info
     cat /tmp/info
     grep -q "^persistence: *$2" /tmp/info
 }
 
-# Without DAX for the whole filesystem: the image is in the page cache, and that is said.
+# is_refused IMAGE PATTERN: the backend serves it no more than a moment, and its message matches.
+is_refused() {
+    if pcow-backend --socket /tmp/backend0.sock --image "$1" >/tmp/backend0.log 2>&1; then
+        fail "the backend serves $1"
+    fi
+    cat /tmp/backend0.log
+    grep "$2" /tmp/backend0.log
+}
+
+page_cache_backend() {
+    exec pcow-backend --page-cache "$@"
+}
+
+# Without DAX for the whole filesystem: the image is served only if its user says that it is to be in the page cache.
 image_leaves_dax() {
     remount "$1" dax=never
-    persistence "$DAX/moved.pcow" 'page cache'
+    said_persistence "$DAX/moved.pcow" 'page cache'
     grep '^not on DAX: .*\.map is not served with DAX.*dax=always' /tmp/info
-    backends=
-    start_backend 0 "$DAX/moved.pcow"
-    # shellcheck disable=SC2086 # one process
-    kill -TERM $backends
-    # shellcheck disable=SC2086
-    wait $backends
+    is_refused "$DAX/moved.pcow" '\.map is not served with DAX.*dax=always.*--page-cache'
+    backend_program=page_cache_backend
+    persistence='page cache: a crash of a process loses nothing'
+    guest "$DAX/moved.pcow" write one
+    backend_program=pcow-backend
     grep 'WARN.*this image was on DAX until now' /tmp/backend0.log
     grep 'WARN.*the image is not served with DAX, although its device can do that' /tmp/backend0.log
 }
 
-# One file that lost its flag, as a copy does that was made elsewhere.
+# file_is_not_on_dax ext4|xfs SUFFIX OTHER: one file of an image has lost its flag, as a copy has that was made elsewhere.
+file_is_not_on_dax() {
+    image=$DAX/flagged/mixed.pcow
+    pcow-img create "$image" 64M
+    said_persistence "$image" DAX
+    cp "$image"/*."$2" "$DAX/copy"
+    cat "$DAX/copy" >"$DAX/plain"
+    mv "$DAX/plain" "$image"/*."$2"
+    rm "$DAX/copy"
+    remount "$1" dax=inode
+    said_persistence "$image" 'not known'
+    problem="\\.$2 is not served with DAX.*\\.$3 is on DAX.*chattr +x"
+    grep "^problem: .*$problem" /tmp/info
+    is_refused "$image" "$problem"
+    # What the message says to do.
+    name=$(basename "$image"/*."$2")
+    cp "$image/$name" "$image/again"
+    mv "$image/again" "$image/$name"
+    said_persistence "$image" DAX
+    rm -r "$image"
+}
+
 one_file_is_not_on_dax() {
     remount "$1" dax=inode
     mkdir "$DAX/flagged"
     chattr +x "$DAX/flagged"
-    image=$DAX/flagged/mixed.pcow
-    pcow-img create "$image" 64M
-    persistence "$image" DAX
-    cp "$image"/*.data "$DAX/copy"
-    cat "$DAX/copy" >"$DAX/plain"
-    mv "$DAX/plain" "$image"/*.data
-    rm "$DAX/copy"
-    remount "$1" dax=inode
-    persistence "$image" 'not known'
-    grep '^problem: .*\.data is not served with DAX.*\.map is on DAX.*chattr +x' /tmp/info
-    if pcow-backend --socket /tmp/backend0.sock --image "$image" 2>/tmp/backend0.log; then
-        fail "the backend serves an image of two domains"
-    fi
-    cat /tmp/backend0.log
-    grep '\.data is not served with DAX.*\.map is on DAX.*chattr +x' /tmp/backend0.log
-    # What the message says to do.
-    name=$(basename "$image"/*.data)
-    cp "$image/$name" "$image/again"
-    mv "$image/again" "$image/$name"
-    persistence "$image" DAX
+    file_is_not_on_dax "$1" data map
+    file_is_not_on_dax "$1" map data
 }
 
 domains() {
@@ -61,6 +76,6 @@ domains() {
     image_leaves_dax "$1"
     one_file_is_not_on_dax "$1"
     remount "$1" dax=always
-    persistence "$DAX/moved.pcow" DAX
+    said_persistence "$DAX/moved.pcow" DAX
     rm -r "$DAX/moved.pcow" "$DAX/flagged"
 }

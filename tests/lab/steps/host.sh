@@ -67,5 +67,6 @@ bench() {
     write_nothing_back
     pcow-bench --ratios --dir "$DAX/tmp" >/tmp/ratios
     cat /tmp/ratios
+    [ "$(wc -l </tmp/ratios)" -ge 2 ] || fail "there are no ratios"
     sed 's/^/LAB-VALUE /' /tmp/ratios >/dev/ttyS1
 }

@@ -158,6 +158,7 @@ assert_shared() {
     echo "$1 has grown by $growth KiB, of $4 MiB that were loaded; $copied clusters of $clusters were copied for a while"
     [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "loads have allocated"
     [ $((copied * 100)) -lt $((clusters + late * 100)) ] || fail "loads were taken for stores"
+    grep "loads and stores told apart: bounce;" "$3"
 }
 
 EMPTY=$DAX/empty.pcow
@@ -202,6 +203,7 @@ assert_given_back() {
     [ "$(logged bounced "$3")" = 0 ] || fail "there were bounces"
     [ "$copied" -gt $(($4 * 16 / 2)) ] || fail "loads have not copied"
     [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "what was only read was not given back"
+    grep "loads and stores told apart: copy-on-touch;" "$3"
 }
 
 # guest_reads_without_bounces MIB
@@ -219,6 +221,7 @@ assert_exact() {
     [ "$(logged "of unknown direction" "$3")" = 0 ] || fail "the direction of a touch was not known"
     [ "$(logged reads "$3")" -ge $(($4 * 16)) ] || fail "there were fewer loads than clusters"
     [ "$(logged "given back" "$3")" = 0 ] || fail "a load has allocated"
+    grep "loads and stores told apart: exact;" "$3"
     [ $((growth * 100)) -lt $(($4 * 1024)) ] || fail "loads have allocated"
 }
 

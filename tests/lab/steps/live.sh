@@ -98,7 +98,7 @@ snapshot_off_dax_is_refused() {
     chattr +x "$DAX/flagged"
     image=$DAX/flagged/live.pcow
     pcow-img create --allocation-unit 64K "$image" 256M
-    persistence "$image" DAX
+    said_persistence "$image" DAX
     beside=snapshot_leaves_dax
     guest "$image" rounds 5
     beside=

@@ -40,30 +40,122 @@ disks_read_into_dax_memory() {
     rm -r "$DAX/reader.pcow" "$DAX"/disk-?
 }
 
-listen() {
-    exec nc -l -p 5000 >/tmp/received
+receive_and_send() {
+    nc -l -p 5000 >/tmp/received
+    exec nc -l -p 5001 <"$DAX/sent"
 }
 
-# The host's network driver (vhost_net) reads what a guest sends where it stands: in memory that nobody
-# has touched before.
-network_sends_from_dax_memory() {
+# The host's network driver (vhost_net) reads what a guest sends where it stands: in memory that nobody has touched
+# before. What the guest receives it stores itself, into such memory.
+network_uses_dax_memory() {
     need_files
     # One of an attempt before this would be in the way.
     if [ -e /sys/class/net/tap0 ]; then tunctl -d tap0; fi
     tunctl -t tap0
     ip addr add 10.0.0.1/24 dev tap0
     ip link set tap0 up
+    dd if=/dev/urandom of="$DAX/sent" bs=1M count=8 2>/dev/null
     pcow-img create --allocation-unit 64K --base "$FILES" "$DAX/sender.pcow"
-    beside=listen
+    beside=receive_and_send
     machine="-netdev tap,id=n0,ifname=tap0,script=no,downscript=no,vhost=on,vhostforce=on"
     machine="$machine -device virtio-net-pci,netdev=n0,romfile="
-    guest "$DAX/sender.pcow" send 10.0.0.1:5000
+    guest "$DAX/sender.pcow" network 10.0.0.1:5000 10.0.0.1:5001
+    beside=
+    machine=
     md5sum </tmp/received >/tmp/told
     head -n 1 /tmp/files.sums >/tmp/expected
     cmp /tmp/told /tmp/expected
+    md5sum <"$DAX/sent" >/tmp/expected
+    told sum >/tmp/told
+    cmp /tmp/told /tmp/expected
+    guest "$DAX/sender.pcow" sums
+    told sum | sed -n 2p >/tmp/told
+    cmp /tmp/told /tmp/expected
     ip link set tap0 down
     tunctl -d tap0
-    rm -r "$DAX/sender.pcow"
+    rm -r "$DAX/sender.pcow" "$DAX/sent"
+}
+
+# runs_repeated ,bounce=on|,bounce=off: of four processors that store into pages of a base that others load; in $repeated, how
+# often a store has met a moment and KVM_RUN was entered once more. Without asynchronous page faults in the guest a vCPU only
+# waits for KVM's worker, so that it is back while the moment lasts.
+runs_repeated() {
+    pcow-img create --allocation-unit 64K --base "$FILES" "$DAX/mixed.pcow"
+    memory_options=$1
+    machine="-smp 4 -cpu host,kvm-asyncpf=off,kvm-asyncpf-int=off -trace kvm_run_repeated -D /tmp/trace"
+    : >/tmp/trace
+    guest "$DAX/mixed.pcow" mixed store
+    repeated=$(grep -c kvm_run_repeated /tmp/trace || true)
+    bounced=$(logged bounced /tmp/backend0.log)
+    machine=
+    guest "$DAX/mixed.pcow" mixed verify
+    memory_options=
+    echo "with $1: $bounced bounces, $repeated runs of vCPUs were repeated"
+    pcow-img check "$DAX/mixed.pcow"
+    rm -r "$DAX/mixed.pcow"
+}
+
+processors_store_and_load_at_once() {
+    need_files
+    pcow-img create --base "$FILES" "$DAX/sealer.pcow"
+    rm -r "$DAX/sealer.pcow"
+    md5sum "$FILES"/*.data >/tmp/base.sums
+    runs_repeated ,bounce=on
+    [ "$bounced" -gt 0 ] || fail "there were no bounces"
+    [ "$repeated" -gt 0 ] || fail "no store has met a moment"
+    runs_repeated ,bounce=off
+    [ "$bounced" = 0 ] || fail "there were bounces"
+    [ "$repeated" = 0 ] || fail "there was nothing to be repeated for"
+    md5sum -c /tmp/base.sums
+}
+
+# tell_monitor COMMAND
+tell_monitor() {
+    echo "$1" >&5
+}
+
+# has_said PATTERN: whether the monitor has.
+has_said() {
+    grep -q "$1" /tmp/monitor.out
+}
+
+# Dumps the guest's memory, and takes half of it by the balloon.
+dump_and_balloon() {
+    wait_for_guest '^stored'
+    rm -f /tmp/monitor.in
+    mkfifo /tmp/monitor.in
+    nc 127.0.0.1 4444 </tmp/monitor.in >/tmp/monitor.out &
+    exec 5>/tmp/monitor.in
+    tell_monitor 'balloon 256'
+    until has_said 'actual=256'; do
+        tell_monitor 'info balloon'
+        usleep 200000
+    done
+    tell_monitor "dump-guest-memory $DAX/dump"
+    # In other digits than the command, which the monitor repeats.
+    tell_monitor 'print /x 3054'
+    until has_said 0xbee; do usleep 100000; done
+    exec 5>&-
+    echo go
+}
+
+# The image is none of the guest's memory for who dumps it or takes it away.
+whole_memory_is_dumped_and_ballooned() {
+    pcow-img create --allocation-unit 64K "$DAX/whole.pcow" 256M
+    empty=$(taken "$DAX/whole.pcow")
+    beside=dump_and_balloon
+    machine="-device virtio-balloon-pci -monitor tcp:127.0.0.1:4444,server=on,wait=off"
+    guest "$DAX/whole.pcow" whole store
+    beside=
+    machine=
+    dumped=$(($(stat -c %s "$DAX/dump") >> 20))
+    rm "$DAX/dump"
+    echo "the dump has $dumped MiB, of a guest of 512 MiB and an image of 256 MiB"
+    [ "$dumped" -ge 512 ] && [ "$dumped" -lt 576 ] || fail "this is not the guest's memory without the image"
+    assert_grown_little "$DAX/whole.pcow" "$empty"
+    guest "$DAX/whole.pcow" whole verify
+    pcow-img check "$DAX/whole.pcow"
+    rm -r "$DAX/whole.pcow"
 }
 
 ksm() {

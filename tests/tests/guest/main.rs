@@ -16,6 +16,7 @@ mod reattach;
 mod refusals;
 mod snapshots;
 mod thin;
+mod unanswered_flushes;
 // Not all of it is needed here.
 #[allow(dead_code)]
 #[path = "../../../pcow-protocol/tests/frontend/backend.rs"]

@@ -36,9 +36,9 @@ pub use report::Value;
 /// Arguments of `cargo xtask lab`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The Debian release whose kernel the lab host runs
-    #[arg(long, value_enum, default_value_t = Kernel::Bookworm)]
-    kernel: Kernel,
+    /// The Debian release whose kernel the lab host runs [default: both; bookworm with --short and --shell]
+    #[arg(long, value_enum)]
+    kernel: Option<Kernel>,
     /// Run only the steps that `cargo xtask test` runs, too
     #[arg(long)]
     short: bool,
@@ -143,7 +143,11 @@ pub fn command(cache: &Cache, arguments: &Arguments) -> Result<()> {
     };
     let lab = Lab::new(cache)?;
     let mut failed = Vec::new();
-    for release in arguments.kernel.releases() {
+    let usual = match form {
+        Form::Full => Kernel::Both,
+        _ => Kernel::Bookworm,
+    };
+    for release in arguments.kernel.unwrap_or(usual).releases() {
         let outcome = if arguments.power_loss {
             power::run(&lab, release, &arguments.steps)
         } else {

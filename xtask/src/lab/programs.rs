@@ -12,7 +12,11 @@ use crate::run;
 /// Tests that run in the lab host, as package and target of cargo.
 const TESTS: &[(&str, &str)] = &[
     ("pcow-format", "pcow_format"),
+    ("pcow-format", "check"),
+    ("pcow-format", "deletion"),
     ("pcow-format", "image"),
+    ("pcow-format", "lock"),
+    ("pcow-format", "stream"),
     ("pcow-protocol", "environment"),
     ("pcow-protocol", "frontend"),
     ("pcow-protocol", "uffd"),

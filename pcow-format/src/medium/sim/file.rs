@@ -202,7 +202,7 @@ impl File for SimFile {
         }
         let (from, to) = (source.status()?.identity.inode, self.inode);
         self.act(site, move |inner| {
-            // Filesystems write the source back first; what they share of it is durable with the next sync of this file.
+            // M18: filesystems write the source back first; what they share of it is durable with the next sync of this file.
             inner.state.file_mut(from).settle();
             let shared = inner.state.file(from).clone();
             inner.state.file_mut(to).take_over(&shared);

@@ -523,7 +523,7 @@ pub(super) const NEVER: &[(&str, &str)] = &[
     ),
     (
         "receive.joined.sync",
-        "only when a reception that was cut off at its end is made again: survivors are used like that",
+        "only when a reception that was cut off at its end is made again: what a death leaves is used like that, and cut when all of it is over",
     ),
     (
         "active.import.punch",
@@ -535,7 +535,7 @@ pub(super) const NEVER: &[(&str, &str)] = &[
     ),
     (
         "adopt.unlink",
-        "removes something only when a rebase that was cut off is made again: recovery is used like that",
+        "removes something only when a rebase that was cut off is made again: what a death leaves is used like that, and cut when all of it is over",
     ),
     (
         "create.back.rename",
@@ -543,7 +543,7 @@ pub(super) const NEVER: &[(&str, &str)] = &[
     ),
     (
         "receive.progress.unlink",
-        "for a note after one that was cut off in the same partial image: recovery is used like that",
+        "for a note after one that was cut off in the same partial image: what a death leaves is used like that, and cut when all of it is over",
     ),
     (
         "repair.past_end.sync",

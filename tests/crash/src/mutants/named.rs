@@ -3,7 +3,6 @@
 
 use std::os::fd::AsRawFd;
 
-use pcow_format::medium::Site;
 use pcow_format::mutant::{self, Mutant as Flaw};
 use pcow_format::ops::{NewImage, create};
 use pcow_format::{ClusterSize, ErrorKind, Image, VirtualSize};
@@ -29,8 +28,8 @@ pub(super) const ALL: &[Named] = &[
         catch: || in_order(Mutant::Swapped("active.open.discard", "active.open.tag")),
     },
     Named {
-        name: "no sync of the old layer at a snapshot on DAX",
-        catch: snapshot_without_sync,
+        name: "no sync of the old layer when a snapshot on DAX seals it",
+        catch: seal_without_sync,
     },
     Named {
         name: "an answer before the sync of the directory",
@@ -68,12 +67,13 @@ fn in_order(mutant: Mutant) -> Option<String> {
     }
 }
 
-/// A snapshot syncs nothing else of the old layer, so the calls of this site in it are that sync.
-fn snapshot_without_sync() -> Option<String> {
-    let setting = Setting::new(named_scene("dax"), Some(Site("active.flush.data")));
-    first_violation(&setting, None, |workload| {
-        let names: Vec<_> = workload.iter().map(|o| o.name).collect();
-        names.last() == Some(&"snapshot") && names.first() != Some(&"flush")
+/// The live snapshot shows it, where the guest stores after the flush of the preparation. In the one offline nobody does, so
+/// that this sync finds nothing dirty.
+fn seal_without_sync() -> Option<String> {
+    let setting = Setting::new(named_scene("dax"), None);
+    first_violation(&setting, Some(Flaw::SealUnflushed), |workload| {
+        let last = workload.last().map(|o| o.name);
+        matches!(last, Some("snapshot" | "live snapshot"))
     })
 }
 

@@ -31,10 +31,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
     ("active.fill.reserve", "for full disks"),
     ("active.prepare.reserve", "for full disks"),
     (
-        "adopt.unlink",
-        "removes nothing unless a rebase was cut off, and then the link fails",
-    ),
-    (
         "layer.map.tag",
         "saves the first opening a sync: an untagged map has no live words",
     ),

@@ -191,7 +191,7 @@ impl Run<'_> {
     pub(super) fn import(&mut self) -> Result<bool, String> {
         self.clones += 1;
         let name = format!("clone-{}", self.clones);
-        let shown = self.setting.bystanders.last().cloned();
+        let shown = self.setting.bystanders.last().map(|b| b.contents.clone());
         let after = self
             .model()
             .with_image(&name, shown.ok_or("no image to take from")?);

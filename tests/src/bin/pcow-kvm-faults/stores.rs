@@ -39,6 +39,7 @@ fn stores_are_exact(setting: &Setting, how: Options<'_>) {
     let stored = session
         .machine
         .run(move |vcpu| Toucher::new(vcpu, bytes).work(operations));
+    let repeated = session.machine.repeated_entries();
     let counts = session.end();
     let stored: Sectors = stored.into_iter().flatten().collect();
     image.expect_on_disk(&stored);
@@ -46,6 +47,14 @@ fn stores_are_exact(setting: &Setting, how: Options<'_>) {
     assert_eq!(checksums(&image.base(), &[".data", ".map"]), base);
     assert!(counts.session.unmaps > 0, "{counts:?}");
     assert_eq!(counts.session.evictions > 0, how.bounce, "{counts:?}");
+    assert_eq!(counts.unknown.bounced > 0, how.bounce, "{counts:?}");
+    assert_eq!(
+        counts.unknown.copied_on_touch == 0,
+        how.bounce,
+        "{counts:?}"
+    );
+    // A store that meets a moment ends KVM_RUN with EFAULT and is repeated.
+    assert_eq!(repeated > 0, how.bounce);
 }
 
 /// One processor's work.
