@@ -222,7 +222,7 @@ pub(crate) fn replace_root(dir: &dyn Directory, root: &Root) -> Result<Written> 
     })
 }
 
-/// As [`replace_root`], for who gives the image up after any error.
+/// As [`replace_root`], for who gives the image up after any error, or goes on with the old root, which shows the same.
 pub(crate) fn write_root(dir: &dyn Directory, root: &Root) -> Result<()> {
     match replace_root(dir, root)? {
         Written::Durable => Ok(()),

@@ -106,7 +106,6 @@ pub fn judge(
         end,
     };
     let (mut shape, mut beside) = (Digest::default(), Digest::default());
-    setting.scene.name.hash(&mut shape);
     let mut other = None;
     if let Some((name, model)) = &expected.other {
         let opened = case.open_and_compare(name, std::slice::from_ref(model), &mut shape)?;
