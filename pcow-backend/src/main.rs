@@ -86,6 +86,10 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             }
         },
     };
+    // Before a backend that serves it is asked to end: its guest would be left without one.
+    if !cli.read_only && !cli.page_cache {
+        refuse_without_dax(&Stored::open(image, &cli.base_dir)?)?;
+    }
     if cli.takeover {
         takeover::take_over(image, &cli.base_dir)?;
     }
@@ -168,9 +172,6 @@ fn open(path: &Path, cli: &Cli) -> Result<Served, Failure> {
         let disk = ReadOnlyDisk::new(&Stored::open(path, &cli.base_dir)?, lock)?;
         announce(path, &disk);
         return Ok(Served::ReadOnly(Arc::new(disk)));
-    }
-    if !cli.page_cache {
-        refuse_without_dax(&Stored::open(path, &cli.base_dir)?)?;
     }
     let image = Image::open_to_serve(path, &cli.base_dir)?;
     let discarded = image.recovery().discarded_clusters;
