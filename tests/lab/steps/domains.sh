@@ -14,17 +14,30 @@ said_persistence() {
     grep -q "^persistence: *$2" /tmp/info
 }
 
-# is_refused IMAGE PATTERN: the backend serves it no more than a moment, and its message matches.
+# is_refused IMAGE PATTERN [ARGUMENT]...: the backend serves it no more than a moment, and its message matches.
 is_refused() {
-    if pcow-backend --socket /tmp/backend0.sock --image "$1" >/tmp/backend0.log 2>&1; then
-        fail "the backend serves $1"
+    refused=$1
+    pattern=$2
+    shift 2
+    if pcow-backend --socket /tmp/refused.sock --image "$refused" "$@" >/tmp/refused.log 2>&1; then
+        fail "the backend serves $refused"
     fi
-    cat /tmp/backend0.log
-    grep "$2" /tmp/backend0.log
+    cat /tmp/refused.log
+    grep "$pattern" /tmp/refused.log
 }
 
 page_cache_backend() {
     exec pcow-backend --page-cache "$@"
+}
+
+# takeover_is_refused IMAGE PATTERN: a backend that will not serve the image does not end the one that does.
+takeover_is_refused() {
+    backends=
+    start_backend 0 "$1"
+    is_refused "$1" "$2" --takeover
+    # One that was ended would be a zombie, since nobody has waited for it.
+    grep '^State:.*sleeping' "/proc/${backends# }/status"
+    end_backends
 }
 
 # Without DAX for the whole filesystem: the image is served only if its user says that it is to be in the page cache.
@@ -32,13 +45,15 @@ image_leaves_dax() {
     remount "$1" dax=never
     said_persistence "$DAX/moved.pcow" 'page cache'
     grep '^not on DAX: .*\.map is not served with DAX.*dax=always' /tmp/info
-    is_refused "$DAX/moved.pcow" '\.map is not served with DAX.*dax=always.*--page-cache'
+    refusal='\.map is not served with DAX.*dax=always.*--page-cache'
+    is_refused "$DAX/moved.pcow" "$refusal"
     backend_program=page_cache_backend
     persistence='page cache: a crash of a process loses nothing'
     guest "$DAX/moved.pcow" write one
-    backend_program=pcow-backend
     grep 'WARN.*this image was on DAX until now' /tmp/backend0.log
     grep 'WARN.*the image is not served with DAX, although its device can do that' /tmp/backend0.log
+    takeover_is_refused "$DAX/moved.pcow" "$refusal"
+    backend_program=pcow-backend
 }
 
 # file_is_not_on_dax ext4|xfs SUFFIX OTHER: one file of an image has lost its flag, as a copy has that was made elsewhere.
