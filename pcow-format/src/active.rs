@@ -43,6 +43,8 @@ pub struct Active {
     map: Arc<dyn File>,
     data: Arc<dyn File>,
     /// Whether `data` is open for reading only, because the layer is about to be sealed.
+    /// A frontend of an earlier backend has clusters mapped, nobody here knows which, and its guest stores to them.
+    is_mapped: bool,
     closed_for_writing: bool,
     domain: Domain,
     /// Guards every read-modify-write of a word; holds the numbers of words that may have live clusters.
@@ -71,6 +73,7 @@ impl Active {
             map,
             data,
             closed_for_writing: false,
+            is_mapped: false,
             domain,
             live: Mutex::default(),
             ready: Mutex::new(Ready::new(cluster.clusters_in(size.bytes()))),
@@ -115,6 +118,11 @@ impl Active {
     pub(crate) fn open_for_writing(&mut self, writer: Arc<dyn File>) {
         self.data = writer;
         self.closed_for_writing = false;
+    }
+
+    /// A frontend of an earlier backend goes on with the image.
+    pub(crate) fn is_mapped_already(&mut self) {
+        self.is_mapped = true;
     }
 
     pub(crate) fn is_closed_for_writing(&self) -> bool {
@@ -296,7 +304,8 @@ impl Active {
     }
 
     /// Makes sure that no store into `run`, which is data, can meet a full filesystem (I2): files that were
-    /// restored sparse or share blocks with a copy are given storage of their own. Cheap after the first time.
+    /// restored sparse or share blocks with a copy are given storage of their own. Cheap after the first time. Nobody else
+    /// does so for the same clusters meanwhile (F1).
     ///
     /// # Errors
     /// `NoSpace` or `Io`.
@@ -305,25 +314,41 @@ impl Active {
             return Ok(());
         }
         let range = self.cluster.byte_range(run);
-        // On DAX a reservation, even one that finds everything there, leaves the inode to the journal, and the next fault
-        // of the guest waits for that. A filesystem that does not tell is asked to reserve.
-        let has_own =
-            self.domain == Domain::Dax && self.data.has_own_storage(range.clone()).unwrap_or(false);
-        if !has_own {
-            let context = || format!("cannot reserve space in layer {}", self.name);
-            self.data
-                .reserve(Site("active.ensure.reserve"), range.clone())
-                .context(context)?;
-            if self.domain == Domain::Dax {
-                // M17: what was shared has been copied, and the copy is in the CPU's caches. Not by writing it again: a
-                // guest may store into some of it already.
-                self.data
-                    .write_back_range(Site("active.ensure.write_back"), range)
-                    .context(context)?;
-            }
+        match self.domain {
+            Domain::PageCache => self.data.reserve(Site("active.ensure.reserve"), range),
+            Domain::Dax => self.ensure_on_dax(run, range),
         }
+        .context(|| format!("cannot reserve space in layer {}", self.name))?;
         self.ready().set(run, true);
         Ok(())
+    }
+
+    /// On DAX a reservation, even one that finds everything there, leaves the inode to the journal, and the next fault
+    /// of the guest waits for that. So it is for filesystems that do not tell, and for clusters that a guest may be storing to.
+    fn ensure_on_dax(&self, run: ClusterRange, range: Range<u64>) -> std::io::Result<()> {
+        if self.data.has_own_storage(range).unwrap_or(false) {
+            return Ok(());
+        }
+        let missing = |c: &Cluster| !self.ready().all(c.only());
+        for cluster in run.iter().filter(missing) {
+            let range = self.cluster.byte_range(cluster.only());
+            match self.data.has_own_storage(range.clone()) {
+                Ok(true) => {}
+                Ok(false) if !self.is_mapped => self.write_over(range)?,
+                _ => self.data.reserve(Site("active.ensure.reserve"), range)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// M17: writes to a cluster what it holds. Until that is durable in storage of its own, the old one counts. Nobody has it
+    /// mapped yet: a store in between would be written over.
+    fn write_over(&self, range: Range<u64>) -> std::io::Result<()> {
+        self.data.leave_room(&range)?;
+        let mut content = vec![0; units::len(range.end - range.start)];
+        read_exact_at(self.data.as_ref(), &mut content, range.start)?;
+        let site = Site("active.ensure.write_durable");
+        self.data.write_durable_at(site, &content, range.start)
     }
 
     /// Whether [`Active::ensure_storage`] has nothing left to do for `run`.

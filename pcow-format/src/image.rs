@@ -89,10 +89,14 @@ impl Image {
             .context(|| "cannot sync the image's directory".to_owned())?;
         let stored = Stored::load(dir, env)?;
         stored.refuse_after_failed_flush()?;
-        if lock.as_ref().is_some_and(|lock| lock.in_use().is_none()) {
+        let is_kept = lock.as_ref().is_some_and(|lock| lock.in_use().is_none());
+        if is_kept {
             refuse_to_write_again(&stored)?;
         }
-        let (active, below, recovery) = open_stack(&stored)?;
+        let (mut active, below, recovery) = open_stack(&stored)?;
+        if is_kept {
+            active.is_mapped_already();
+        }
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
         if let Some(lock) = &lock {

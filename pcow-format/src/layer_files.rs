@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The two files of a layer: their names, creation, checks on opening, checksum, adoption into another image.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -93,10 +94,7 @@ impl BaseDirs {
     pub(crate) fn open_named(&self, path: &Path) -> Result<Arc<dyn Directory>> {
         let opened = match &self.0 {
             Places::Below(_) => RealDirectory::open(path).map(|d| d as Arc<dyn Directory>),
-            Places::In(directory) => {
-                let name = path.strip_prefix("/").unwrap_or(path);
-                directory.open_dir(&name.to_string_lossy())
-            }
+            Places::In(directory) => directory.open_dir(&name_in_it(path)),
         };
         opened.map_err(|e| {
             let what = format!("cannot open the base {}", path.display());
@@ -125,8 +123,39 @@ impl BaseDirs {
 
     fn open_raw(&self, path: &Path) -> Result<Arc<dyn File>> {
         let path = self.resolve(path)?;
-        RealFile::open_raw(&path).context(|| format!("cannot open the base {}", path.display()))
+        let opened = self.open_raw_named(&path);
+        opened.context(|| format!("cannot open the base {}", path.display()))
     }
+
+    /// Opens a raw base that the user names, wherever it is.
+    pub(crate) fn open_raw_named(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        match &self.0 {
+            Places::Below(_) => RealFile::open_raw(path),
+            Places::In(directory) => directory.open(&name_in_it(path), Access::Read),
+        }
+    }
+
+    /// The directory that a raw base is in; `None` if this process may not read it.
+    pub(crate) fn directory_of_raw(&self, path: &Path) -> io::Result<Option<Arc<dyn Directory>>> {
+        let (directory, parent) = match (&self.0, path.parent()) {
+            (Places::In(directory), _) => return Ok(Some(Arc::clone(directory))),
+            (Places::Below(_), None) => return Ok(None),
+            (Places::Below(_), Some(parent)) => (RealDirectory::open(parent), parent),
+        };
+        match directory {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                log::debug!("{}: {e}", parent.display());
+                Ok(None)
+            }
+            opened => opened.map(|d| Some(d as Arc<dyn Directory>)),
+        }
+    }
+}
+
+/// What `path` is called in the one directory that there is.
+fn name_in_it(path: &Path) -> String {
+    let name = path.strip_prefix("/").unwrap_or(path);
+    name.to_string_lossy().into_owned()
 }
 
 fn canonical(path: &Path) -> Result<PathBuf> {

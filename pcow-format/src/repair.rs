@@ -134,13 +134,9 @@ fn forget_clusters_past_the_end(stored: &Stored) -> Result<Option<String>> {
             .write_at(site, &clean.to_le_bytes(), offset)
             .context(context)?;
     }
-    if wrong.is_empty() {
-        return Ok(None);
-    }
-    let site = Site("repair.past_end.sync");
-    pair.map.sync_data(site).context(context)?;
+    // Without a sync: nothing rests on these words before the image is opened, and that or its first flush syncs the map.
     let what = "the map of the active layer does not speak of clusters past its end any more";
-    Ok(Some(what.to_owned()))
+    Ok((!wrong.is_empty()).then(|| what.to_owned()))
 }
 
 /// I7: the image is closed, and was found sound.
@@ -151,8 +147,7 @@ fn forget_failed_flush(stored: &Stored) -> Result<Option<String>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.context(context)?,
     }
-    dir.sync(Site("repair.flush_failed.sync"))
-        .context(context)?;
+    // The opening that follows syncs the directory.
     let what = "the failed flush is forgotten; what was written last before it may be missing";
     Ok(Some(what.to_owned()))
 }
@@ -220,13 +215,6 @@ pub fn read_all(stored: &Stored, reached: &mut dyn FnMut(u64)) -> Result<Vec<Str
 
 /// Bytes read at a time; a fault is told of a piece this large.
 const STEP_BYTES: usize = 64 << 10;
-
-impl Stored {
-    /// What the image is now: it may have changed before it was locked.
-    fn again(&self) -> Result<Self> {
-        Self::load(self.share_directory(), self.environment().clone())
-    }
-}
 
 /// Whether a flush of the image has failed, and nobody has looked at it since (I7).
 pub(crate) fn flush_has_failed(stored: &Stored) -> Result<bool> {

@@ -22,7 +22,8 @@ use pcow_tests::proc::{mappings, thread_state};
 use pcow_tests::scratch::Scratch;
 use pcow_tests::trace::{Event, Trace};
 use pcow_tests::waiting::wait_until;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, ioctl_ficlone};
+use rustix::io::Errno;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -298,6 +299,47 @@ fn only_written_storage_counts_as_storage() {
     assert!(!has(0, 128), "begins in a hole");
     assert!(!has(128, 256), "ends in a hole");
     assert!(!has(256, 320), "is only reserved");
+}
+
+/// M17: the kernel's own copy is left in the CPU's caches by unsharing and by a guest's store.
+#[test]
+fn what_shares_its_storage_with_a_copy_gets_its_own_durably_before_the_guest_stores() {
+    let scratch = Scratch::new();
+    let path = image(&scratch, None);
+    let served = Served::new(&path);
+    served.touch(0, BLOCK);
+    served.end();
+    let (original, copy) = (data_file(&path), scratch.path("copy"));
+    let (original, copy) = (
+        File::open(original).unwrap(),
+        File::create_new(copy).unwrap(),
+    );
+    if let Err(e) = ioctl_ficlone(&copy, &original) {
+        assert_eq!(e, Errno::OPNOTSUPP);
+        println!("files of this filesystem share no storage, so there is nothing to give");
+        return;
+    }
+    let has_own = || {
+        let opened = Image::open(&path, &[]).unwrap();
+        let data = opened.active().data_file();
+        data.has_own_storage(0..BLOCK).unwrap()
+    };
+    assert!(!has_own());
+    let served = Served::new(&path);
+    let seen = served.traced(|| assert_eq!(served.memory.load(0), 1));
+    assert!(seen.commits() > 0, "{seen:?}");
+    served.memory.store(PAGE, 7);
+    served.end();
+    assert!(has_own());
+    let mut word = [0; 8];
+    let content = Image::open(&path, &[]).unwrap();
+    for (at, expected) in [(0, 1), (PAGE, 7), (2 * PAGE, 2 * PAGE + 1)] {
+        content.read(at, &mut word).unwrap();
+        assert_eq!(u64::from_le_bytes(word), expected, "{at}");
+    }
+    let copy = File::open(scratch.path("copy")).unwrap();
+    copy.read_exact_at(&mut word, PAGE).unwrap();
+    assert_eq!(u64::from_le_bytes(word), PAGE + 1);
 }
 
 #[test]

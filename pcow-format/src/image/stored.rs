@@ -79,6 +79,11 @@ impl Stored {
         Ok(Self { dir, root, env })
     }
 
+    /// What the image is now: it may have changed before it was locked.
+    pub(crate) fn again(&self) -> Result<Self> {
+        Self::load(self.share_directory(), self.environment().clone())
+    }
+
     /// The root.
     pub fn root(&self) -> &Root {
         &self.root

@@ -123,21 +123,6 @@ impl Drop for Pages {
     }
 }
 
-/// Writes back what the CPU's caches hold of `range` of `file`, which is whole pages, and waits for it. Stores nothing: others may
-/// store there meanwhile.
-pub(crate) fn write_back_range(file: &File, range: Range<u64>) -> io::Result<()> {
-    let pages = Pages::map(file, range, libc::MAP_SHARED)?;
-    for line in (0..pages.length).step_by(LINE_BYTES) {
-        // SAFETY: line < length, so the result stays inside the mapping, which lives until the end of this function.
-        cache::write_back(unsafe { pages.base.add(line) });
-    }
-    fence();
-    Ok(())
-}
-
-/// Bytes that one write-back covers on every processor with DAX, at least.
-const LINE_BYTES: usize = 64;
-
 /// Whether what is stored through mappings of `file` is durable after a write-back: its filesystem grants synchronous ones, and
 /// this machine can write back.
 ///
@@ -279,8 +264,6 @@ mod cache {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     /// Every failure was once taken for "in the page cache", so that an image on DAX that was opened at the limit of address
@@ -310,18 +293,5 @@ mod tests {
             fence();
             assert_eq!(word, before, "{instruction:?}");
         }
-    }
-
-    /// The page cache serves as well: the instruction is the same.
-    #[test]
-    fn writing_a_range_back_changes_nothing() {
-        let file = rustix::fs::memfd_create("pcow-test", rustix::fs::MemfdFlags::CLOEXEC);
-        let file = File::from(file.unwrap());
-        let content = vec![0x5a; 3 * 4096];
-        file.write_all_at(&content, 0).unwrap();
-        write_back_range(&file, 4096..3 * 4096).unwrap();
-        let mut found = vec![0; content.len()];
-        file.read_exact_at(&mut found, 0).unwrap();
-        assert_eq!(found, content);
     }
 }

@@ -233,6 +233,15 @@ struct FaultyFile {
 }
 
 impl FaultyFile {
+    /// A sync that fails leaves what it was to write for written (M14).
+    fn may_sync(&self, site: Site) -> io::Result<()> {
+        self.faults.check("sync", Some(site)).inspect_err(|_| {
+            if let Some(act) = &self.faults.lock().on_failed_sync {
+                act(&self.name);
+            }
+        })
+    }
+
     /// A write that may be cut short.
     fn write(
         &self,
@@ -346,12 +355,13 @@ impl File for FaultyFile {
     }
 
     fn sync_data(&self, site: Site) -> io::Result<()> {
-        self.faults.check("sync", Some(site)).inspect_err(|_| {
-            if let Some(act) = &self.faults.lock().on_failed_sync {
-                act(&self.name);
-            }
-        })?;
+        self.may_sync(site)?;
         self.inner.sync_data(site)
+    }
+
+    fn sync_all(&self, site: Site) -> io::Result<()> {
+        self.may_sync(site)?;
+        self.inner.sync_all(site)
     }
 
     fn domain(&self) -> io::Result<Domain> {
@@ -367,11 +377,6 @@ impl File for FaultyFile {
     fn write_back(&self, site: Site, offset: u64) -> io::Result<()> {
         self.faults.check("write back", Some(site))?;
         self.inner.write_back(site, offset)
-    }
-
-    fn write_back_range(&self, site: Site, range: Range<u64>) -> io::Result<()> {
-        self.faults.check("write back a range", Some(site))?;
-        self.inner.write_back_range(site, range)
     }
 
     fn fence(&self, site: Site) {

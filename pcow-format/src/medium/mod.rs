@@ -156,6 +156,8 @@ pub trait File: Debug + Send + Sync {
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
     /// Makes content, and the length needed to read it, durable (`fdatasync`).
     fn sync_data(&self, site: Site) -> io::Result<()>;
+    /// As [`File::sync_data`], with the file's times (`fsync`).
+    fn sync_all(&self, site: Site) -> io::Result<()>;
     /// What makes stores to this file durable.
     fn domain(&self) -> io::Result<Domain>;
     /// Stores one aligned 8-byte word through the mapping of a DAX file. Visible at once, durable after
@@ -163,8 +165,6 @@ pub trait File: Debug + Send + Sync {
     fn store_word(&self, site: Site, offset: u64, word: u64) -> io::Result<()>;
     /// Starts the write-back of the cache line that holds `offset`.
     fn write_back(&self, site: Site, offset: u64) -> io::Result<()>;
-    /// Makes durable, as it is or newer, what the range of a DAX file holds in the CPU's caches.
-    fn write_back_range(&self, site: Site, range: Range<u64>) -> io::Result<()>;
     /// Waits until all write-backs started by this thread have reached the persistence domain.
     fn fence(&self, site: Site);
     /// Proves that nobody has the file open for writing, and keeps it so until [`File::end_lease`] or the end of this

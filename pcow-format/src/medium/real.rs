@@ -466,6 +466,10 @@ impl File for RealFile {
         self.file.sync_data()
     }
 
+    fn sync_all(&self, _: Site) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
     fn domain(&self) -> io::Result<Domain> {
         Ok(if dax::is_dax(&self.file)? {
             Domain::Dax
@@ -480,10 +484,6 @@ impl File for RealFile {
 
     fn write_back(&self, _: Site, offset: u64) -> io::Result<()> {
         self.words()?.write_back(offset)
-    }
-
-    fn write_back_range(&self, _: Site, range: Range<u64>) -> io::Result<()> {
-        dax::write_back_range(&self.file, range)
     }
 
     fn fence(&self, _: Site) {

@@ -2,7 +2,6 @@
 //! Creation of an image, empty or on a base. It is built in a `.part` directory and renamed, so that an image of that
 //! name is complete or absent (I6).
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,10 +9,10 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::{Environment, Image, Stored, write_root};
-use crate::layer_files::{self, Adopted};
+use crate::layer_files::{self, Adopted, BaseDirs};
 use crate::lock;
-use crate::medium::real::{RealDirectory, RealFile};
-use crate::medium::{Directory, Domain, Site};
+use crate::medium::real::RealDirectory;
+use crate::medium::{Directory, Domain, File, Site};
 use crate::ops::snapshot::free_name;
 use crate::root::{Kind, Layer, Root};
 use crate::units::{ClusterSize, MAX_CLUSTER_BYTES, SIZE_STEP_BYTES, VirtualSize};
@@ -308,7 +307,7 @@ impl BaseLayers {
     /// Opens `base`, sealing its present state if that is asked for. `for_image` names the new image.
     pub(super) fn open(base: &Base, for_image: &str, env: &Environment) -> Result<Self> {
         match base {
-            Base::Raw { path } => Self::open_raw(&env.bases.absolute(path)?),
+            Base::Raw { path } => Self::open_raw(&env.bases.absolute(path)?, &env.bases),
             Base::Image {
                 path,
                 snapshot,
@@ -320,11 +319,12 @@ impl BaseLayers {
         }
     }
 
-    fn open_raw(path: &Path) -> Result<Self> {
+    fn open_raw(path: &Path, bases: &BaseDirs) -> Result<Self> {
         let context = || format!("cannot open the raw base {}", path.display());
-        let file = RealFile::open_raw(path)
-            .map_err(|e| Error::new(ErrorKind::BaseMissing, context()).caused_by(e))?;
-        make_durable(path).context(context)?;
+        let opened = bases.open_raw_named(path);
+        let file =
+            opened.map_err(|e| Error::new(ErrorKind::BaseMissing, context()).caused_by(e))?;
+        make_durable(file.as_ref(), path, bases).context(context)?;
         let bytes = file.status().context(context)?.len;
         let size = VirtualSize::new(bytes.next_multiple_of(SIZE_STEP_BYTES))?;
         let layer = Layer {
@@ -463,12 +463,11 @@ fn present_state(
 }
 
 /// I4: a raw base may have been written just now, and a power cut take that, or its time of change, or its name.
-fn make_durable(raw: &Path) -> std::io::Result<()> {
-    File::open(raw)?.sync_all()?;
-    match raw.parent().map(File::open) {
+fn make_durable(raw: &dyn File, path: &Path, bases: &BaseDirs) -> std::io::Result<()> {
+    raw.sync_all(Site("base.raw.sync"))?;
+    match bases.directory_of_raw(path)? {
+        Some(directory) => directory.sync(Site("base.raw.dir.sync")),
         // Who may not read the directory did not put the file there just now.
-        Some(Err(e)) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
-        Some(parent) => parent?.sync_all(),
         None => Ok(()),
     }
 }

@@ -20,7 +20,7 @@ pub use create::{
     Base, Created, Fill, NewImage, create, create_filled, create_filled_in, create_in,
 };
 pub use delete::{Deleted, Deletion};
-pub use rebase::{Rebased, rebase_unsafe};
+pub use rebase::{Rebased, rebase_unsafe, rebase_unsafe_of};
 pub use receive::{
     RECEIVE_FILE, Receive, Received, Unfinished, give_up_receiving, give_up_receiving_in, receive,
     receive_in, unfinished, unfinished_in,

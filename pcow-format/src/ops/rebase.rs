@@ -97,14 +97,20 @@ impl Image {
 /// # Errors
 /// What opening the image or a base may fail with; `Io`.
 pub fn rebase_unsafe(path: &Path, base: Option<&Base>, base_dirs: &[PathBuf]) -> Result<Rebased> {
-    let stored = Stored::open(path, base_dirs)?;
-    let _lock = ImageLock::exclusive(stored.directory())?;
-    // Again, under the lock: what was read before may have changed.
-    let stored = Stored::open(path, base_dirs)?;
     let name = path
         .file_name()
         .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let (mut root, report) = relink(&stored, base, &name)?;
+    rebase_unsafe_of(&Stored::open(path, base_dirs)?, base, &name)
+}
+
+/// As [`rebase_unsafe`], of an image that was read already. `image_name` is what a snapshot of the base is called after.
+///
+/// # Errors
+/// As [`rebase_unsafe`].
+pub fn rebase_unsafe_of(stored: &Stored, base: Option<&Base>, image_name: &str) -> Result<Rebased> {
+    let _lock = ImageLock::exclusive(stored.directory())?;
+    let stored = stored.again()?;
+    let (mut root, report) = relink(&stored, base, image_name)?;
     let unused = super::drop_unused_layers(&mut root)?;
     write_root(stored.directory(), &root)?;
     super::remove_unused(stored.directory(), &unused);

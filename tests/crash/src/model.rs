@@ -240,6 +240,8 @@ pub struct Model {
     /// A sync has failed, and nobody who comes now knows of it: there is no mark yet. What is flushed then misses what that
     /// sync did not write.
     pub unknown: bool,
+    /// Somebody was told that the mark of a failed flush is gone: no power cut may bring it back.
+    pub mended: bool,
     next_snapshot: u64,
 }
 
@@ -254,6 +256,7 @@ impl Model {
             receiving: None,
             doubtful: false,
             unknown: false,
+            mended: false,
             next_snapshot: 1,
         }
     }
@@ -271,7 +274,7 @@ impl Model {
             (&receiving.name, receiving.contents.digest()).hash(digest);
         }
         (self.receiving.is_some(), self.failed).hash(digest);
-        (self.doubtful, self.unknown).hash(digest);
+        (self.doubtful, self.unknown, self.mended).hash(digest);
     }
 
     /// A snapshot of what the disk shows; all of it is durable with it.
@@ -320,6 +323,7 @@ impl Model {
             receiving: self.receiving.clone(),
             doubtful: false,
             unknown: false,
+            mended: self.mended,
             next_snapshot: self.next_snapshot,
         }
     }
@@ -329,6 +333,7 @@ impl Model {
     pub fn with_failed_sync(&self) -> Self {
         Self {
             unknown: true,
+            mended: false,
             ..self.in_doubt()
         }
     }
@@ -339,6 +344,7 @@ impl Model {
         Self {
             failed: true,
             unknown: false,
+            mended: false,
             ..self.in_doubt()
         }
     }
@@ -358,6 +364,15 @@ impl Model {
         Self {
             failed: false,
             ..self.in_doubt()
+        }
+    }
+
+    /// The same, and it does not come back.
+    #[must_use]
+    pub fn with_mark_removed_for_good(&self) -> Self {
+        Self {
+            mended: true,
+            ..self.with_mark_removed()
         }
     }
 

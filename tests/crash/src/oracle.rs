@@ -244,6 +244,9 @@ impl Case<'_> {
         if model.failed && !marked {
             return Err("opens although a flush has failed".to_owned());
         }
+        if model.mended && marked {
+            return Err("the mark of a failed flush is there again after a repair".to_owned());
+        }
         self.check_snapshots(stored, model)?;
         for (name, expected) in &model.clones {
             self.check_other(name, expected)?;

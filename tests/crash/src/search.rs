@@ -195,6 +195,25 @@ const LONGER: &[&[&str]] = &[
         "store to base",
         "oldest root",
     ],
+    &[
+        "store to absent",
+        "reboot",
+        "delete below a sealed layer, beside a guest",
+    ],
+    // Clusters share their storage with a copy.
+    &[
+        "flush, store before its sync",
+        "copy by reflink",
+        "flush, store before its sync",
+    ],
+    &[
+        "flush, store after its sync",
+        "copy by reflink",
+        "flush, store after its sync",
+    ],
+    // What the image was rolled back from has nothing on it.
+    &["snapshot", "store to base", "rollback", "delete the newest"],
+    &["snapshot", "store to base", "snapshot", "delete the newest"],
     // Names that were removed come back.
     &["snapshot", "resize", "power cut"],
     &["snapshot", "resize", "resize", "power cut"],

@@ -355,9 +355,15 @@ pub fn read_again(
 }
 
 /// An error with its causes.
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 pub fn text(error: pcow_format::Error) -> String {
+    chain_text(&error)
+}
+
+/// What an error says, with its causes.
+pub fn chain_text(error: &pcow_format::Error) -> String {
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
+    let mut cause = std::error::Error::source(error);
     while let Some(e) = cause {
         text = format!("{text}: {e}");
         cause = e.source();

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::names::{DirectoryNode, NameChange};
 use super::state::{
-    Content, FileNode, Inode, Node, PAGE_BYTES, SECTOR_BYTES, State, TOP, Versions, WORD_BYTES,
-    content, raw,
+    Content, FileNode, Inode, Node, PAGE_BYTES, SECTOR_BYTES, State, TOP, WORD_BYTES, content, raw,
 };
+use super::versions::Versions;
 use super::{Act, Inner, Settings, Sim, Step, Tearing, WriteBack};
 use crate::medium::Domain;
 
@@ -300,7 +300,7 @@ fn cut_file(file: &FileNode, decisions: &Decisions, unit: Option<usize>) -> File
             pages.insert(*page, Versions::new(kept));
         }
     }
-    FileNode::new(len, pages)
+    file.survivor(len, pages)
 }
 
 /// The durable version of a page, with those parts of other versions that survived.

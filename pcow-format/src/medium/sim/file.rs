@@ -97,19 +97,28 @@ impl File for SimFile {
     }
 
     fn write_durable_at(&self, site: Site, buf: &[u8], offset: u64) -> io::Result<()> {
-        // Two acts: a cut may come while the bytes are on their way.
+        // Two acts: a cut may come while the bytes are on their way. M17: to storage of the file's own, if it was shared.
         self.write_at(site, buf, offset)?;
         let range = offset..offset + bytes(buf.len());
-        self.change(site, move |file| file.settle_range(range.clone()))
+        self.change(site, move |file| {
+            file.own(range.clone());
+            file.settle_range(range.clone());
+        })
     }
 
     fn set_len(&self, site: Site, len: u64) -> io::Result<()> {
         self.change(site, move |file| file.set_len(len))
     }
 
-    fn reserve(&self, site: Site, _: Range<u64>) -> io::Result<()> {
+    fn reserve(&self, site: Site, range: Range<u64>) -> io::Result<()> {
         // M7: reserved storage is unwritten and reads zero like a hole, before and after a cut.
-        self.change(site, |_| {})
+        let on_dax = self.sim.settings.domain == Domain::Dax;
+        self.change(site, move |file| {
+            if on_dax {
+                file.copy_in_caches(range.clone());
+            }
+            file.own(range.clone());
+        })
     }
 
     fn zero(&self, site: Site, range: Range<u64>) -> io::Result<()> {
@@ -126,8 +135,7 @@ impl File for SimFile {
     }
 
     fn has_own_storage(&self, range: Range<u64>) -> io::Result<bool> {
-        let data = self.next_data(range.start)?;
-        Ok(data.is_some_and(|d| d.start <= range.start && d.end >= range.end))
+        Ok(self.sim.lock().state.file(self.inode).has_own(&range))
     }
 
     fn punch(&self, site: Site, range: Range<u64>) -> io::Result<()> {
@@ -159,13 +167,24 @@ impl File for SimFile {
         })
     }
 
+    /// A file has no times here but that of its birth, which is its number.
+    fn sync_all(&self, site: Site) -> io::Result<()> {
+        self.sync_data(site)
+    }
+
     fn domain(&self) -> io::Result<Domain> {
         Ok(self.sim.settings.domain)
     }
 
     fn store_word(&self, site: Site, offset: u64, word: u64) -> io::Result<()> {
         self.check_mapped_word(offset)?;
-        self.write_at(site, &word.to_le_bytes(), offset)
+        let range = offset..offset + bytes(WORD_BYTES);
+        self.change(site, move |file| {
+            // A store to shared storage is a fault, in which the kernel copies the page.
+            file.copy_in_caches(range.clone());
+            file.own(range.clone());
+            file.write(&word.to_le_bytes(), offset);
+        })
     }
 
     fn write_back(&self, site: Site, offset: u64) -> io::Result<()> {
@@ -186,10 +205,6 @@ impl File for SimFile {
         })
     }
 
-    fn write_back_range(&self, site: Site, range: Range<u64>) -> io::Result<()> {
-        self.change(site, move |file| file.settle_range(range.clone()))
-    }
-
     fn fence(&self, site: Site) {
         // A fence has no error to report, and `act` fails only if the closure does.
         let inode = self.inode;
@@ -205,7 +220,10 @@ impl File for SimFile {
             // M18: filesystems write the source back first; what they share of it is durable with the next sync of this file.
             inner.state.file_mut(from).settle();
             let shared = inner.state.file(from).clone();
-            inner.state.file_mut(to).take_over(&shared);
+            let file = inner.state.file_mut(to);
+            file.take_over(&shared);
+            file.share();
+            inner.state.file_mut(from).share();
         })?;
         Ok(true)
     }

@@ -16,6 +16,7 @@ mod directory;
 mod file;
 mod names;
 mod state;
+mod versions;
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::names::DirectoryNode;
+use super::versions::Versions;
 use crate::units::{bytes, len};
 
 /// Unit in which the page cache is written back.
@@ -17,6 +18,11 @@ pub(super) const WORD_BYTES: usize = 8;
 pub(super) const LINE_BYTES: usize = 64;
 /// Unit in which a disk may tear a page.
 pub(super) const SECTOR_BYTES: usize = 512;
+
+/// What storage holds that somebody else has left.
+const LEFT_BYTE: u8 = 0xee;
+/// Stands in a digest for a page whose storage is shared.
+const SHARED: u64 = 0x5a;
 
 /// Number of a file or directory.
 pub(super) type Inode = u64;
@@ -64,99 +70,13 @@ pub(super) fn mix(sum: u64, value: u64) -> u64 {
         .rotate_left(29)
 }
 
-/// A value that a power cut may take back: the durable one, and those it had since, newest last.
-#[derive(Debug, Clone)]
-pub(super) struct Versions<T> {
-    durable: T,
-    later: Vec<T>,
-    /// How often it was settled: tells whether a version number is still the same version.
-    pub(super) epoch: u64,
-    /// Its write-back has failed, and it counts as written until it is written to again.
-    clean: bool,
-}
-
-impl<T: Clone + PartialEq> Versions<T> {
-    pub(super) fn new(durable: T) -> Self {
-        Self {
-            durable,
-            later: Vec::new(),
-            epoch: 0,
-            clean: false,
-        }
-    }
-
-    pub(super) fn now(&self) -> &T {
-        self.later.last().unwrap_or(&self.durable)
-    }
-
-    pub(super) fn set(&mut self, value: T) {
-        // Writing what is there already counts, too.
-        self.clean = false;
-        if *self.now() != value {
-            self.later.push(value);
-        }
-    }
-
-    pub(super) fn mark_clean(&mut self) {
-        self.clean = !self.is_settled();
-    }
-
-    /// Shows the durable version again, if this counts as written and is not.
-    fn evict(&mut self) {
-        if self.clean {
-            self.later.clear();
-            self.clean = false;
-            self.epoch += 1;
-        }
-    }
-
-    /// How many versions a power cut may leave; version 0 is the durable one.
-    pub(super) fn count(&self) -> usize {
-        self.later.len() + 1
-    }
-
-    pub(super) fn version(&self, number: usize) -> &T {
-        match number.checked_sub(1) {
-            Some(later) => &self.later[later],
-            None => &self.durable,
-        }
-    }
-
-    pub(super) fn is_settled(&self) -> bool {
-        self.later.is_empty()
-    }
-
-    /// Makes the present value durable, unless it is taken for durable already.
-    pub(super) fn settle(&mut self) {
-        if self.clean {
-            return;
-        }
-        if let Some(now) = self.later.pop() {
-            self.durable = now;
-            self.later.clear();
-        }
-        self.epoch += 1;
-    }
-
-    /// Changes every version up to and including `number`.
-    fn change_up_to(&mut self, number: usize, change: impl Fn(&mut T)) {
-        change(&mut self.durable);
-        self.later.iter_mut().take(number).for_each(change);
-    }
-
-    /// Forgets versions that have become the durable one. Renumbers the others.
-    pub(super) fn merge(&mut self) {
-        let durable = &self.durable;
-        let same = self.later.iter().take_while(|v| *v == durable).count();
-        self.later.drain(..same);
-    }
-}
-
 /// A regular file.
 #[derive(Debug, Clone)]
 pub(super) struct FileNode {
     pub(super) len: Versions<u64>,
     pub(super) pages: BTreeMap<u64, Versions<Content>>,
+    /// Pages whose storage another file has, too.
+    shared: BTreeSet<u64>,
     /// Of length and pages as they are now, once it was asked for.
     digest: OnceLock<u64>,
 }
@@ -166,6 +86,7 @@ impl FileNode {
         Self {
             len: Versions::new(len),
             pages,
+            shared: BTreeSet::new(),
             digest: OnceLock::new(),
         }
     }
@@ -212,6 +133,7 @@ impl FileNode {
                 continue;
             }
             if part.len() == PAGE_BYTES {
+                self.shared.remove(&page);
                 self.page(page).set(None);
             } else {
                 self.edit(page, |raw| raw[part].fill(0));
@@ -255,6 +177,42 @@ impl FileNode {
     pub(super) fn settle(&mut self) {
         self.len.settle();
         self.pages.values_mut().for_each(Versions::settle);
+    }
+
+    /// The storage of all that the file holds is another file's as well from now on.
+    pub(super) fn share(&mut self) {
+        let held = self.pages.iter().filter(|(_, v)| v.now().is_some());
+        self.shared = held.map(|(page, _)| *page).collect();
+    }
+
+    /// Whether all of `range` holds something, in storage that is this file's alone.
+    pub(super) fn has_own(&self, range: &Range<u64>) -> bool {
+        let data = self.next_data(range.start);
+        let held = data.is_some_and(|d| d.start <= range.start && d.end >= range.end);
+        held && !pages_of(range.clone()).any(|(page, _)| self.shared.contains(&page))
+    }
+
+    /// M17: what `range` shares is copied over what somebody left in other storage, and the copy is in the CPU's caches.
+    pub(super) fn copy_in_caches(&mut self, range: Range<u64>) {
+        for (page, _) in pages_of(range) {
+            if self.shared.contains(&page) {
+                self.page(page).copy_over(content([LEFT_BYTE; PAGE_BYTES]));
+            }
+        }
+    }
+
+    /// The storage of `range` is this file's alone from now on.
+    pub(super) fn own(&mut self, range: Range<u64>) {
+        for (page, _) in pages_of(range) {
+            self.shared.remove(&page);
+        }
+    }
+
+    /// Another file after a crash, whose storage is shared as this one's.
+    pub(super) fn survivor(&self, len: u64, pages: BTreeMap<u64, Versions<Content>>) -> Self {
+        let mut after = Self::new(len, pages);
+        after.shared.clone_from(&self.shared);
+        after
     }
 
     /// Makes the pages of `range` durable, with the length that is needed to read them.
@@ -316,7 +274,10 @@ impl FileNode {
             Some(mix(*page, digest))
         };
         let pages = self.pages.iter().filter_map(held);
-        *self.digest.get_or_init(|| pages.fold(*self.len.now(), mix))
+        let shared = self.shared.iter().map(|page| mix(*page, SHARED));
+        *self
+            .digest
+            .get_or_init(|| pages.chain(shared).fold(*self.len.now(), mix))
     }
 }
 

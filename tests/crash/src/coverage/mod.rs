@@ -5,7 +5,9 @@
 //! of them is empty because the operation has no such step. A cell that is empty though it should not be, or the other way
 //! round, is a fault of this table or of the search.
 
-mod tables;
+mod gaps;
+mod operations;
+mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -17,13 +19,17 @@ use crate::setting::{SCENES, Setting};
 use crate::sites::{self, is_of_others};
 use crate::violation::Violation;
 use crate::workload::{OPERATIONS, Run};
-use tables::{ALSO, DAX, DOES, EXCEPT, NEVER, ONLY, PAGE_CACHE, RARE, STEPS};
+use gaps::{ALSO, EXCEPT, NEVER, ONLY, RARE};
+use operations::DOES;
+use steps::STEPS;
 
 /// Operation, medium and call site.
 pub type Cell = (&'static str, &'static str, &'static str);
 /// How often an operation was cut off in each.
 pub type Cells = BTreeMap<Cell, u64>;
 
+const PAGE_CACHE: &str = "page-cache";
+const DAX: &str = "dax";
 /// The opening that starts a workload.
 pub const OPENING: &str = "open";
 /// What follows a power cut.

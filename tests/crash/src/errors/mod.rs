@@ -17,7 +17,7 @@ use pcow_format::medium::Directory;
 use pcow_format::medium::faulty::{Call, Failure, Faults, Plan};
 use pcow_format::{ErrorKind, FLUSH_FAILED_FILE, Image};
 
-use crate::setting::text;
+use crate::setting::{chain_text, text};
 use pcow_format::medium::{Access, Site};
 pub use scenarios::{SCENARIOS, Scenario};
 use world::Start;
@@ -110,7 +110,7 @@ fn attempt(
     let outcome = match (&result, fired) {
         (Err(e), false) => return Err(format!("fails by itself: {e}")),
         (Err(e), true) => {
-            check_error(e)?;
+            check_error(e, plan)?;
             Some(Outcome::Refused)
         }
         (Ok(()), true) => Some(Outcome::Tolerated),
@@ -124,11 +124,20 @@ fn attempt(
     Ok((calls, outcome))
 }
 
-/// An error says what failed, and its cause.
-fn check_error(error: &pcow_format::Error) -> Result<(), String> {
-    let message = error.to_string();
-    if message.len() < 10 {
-        return Err(format!("an unclear error: {message}"));
+/// An error says what could not be done, and the cause that the system gave.
+fn check_error(error: &pcow_format::Error, plan: Option<Plan>) -> Result<(), String> {
+    let whole = chain_text(error);
+    let Some(Failure::Error(code)) = plan.map(|p| p.failure) else {
+        return Ok(());
+    };
+    let cause = std::io::Error::from_raw_os_error(code).to_string();
+    let cause = cause.split(" (").next().unwrap_or(&cause);
+    let Some(what) = whole.find(cause) else {
+        return Err(format!("an error without its cause, '{cause}': {whole}"));
+    };
+    let said = whole[..what].split_whitespace();
+    if said.count() < 3 {
+        return Err(format!("an error that says only its cause: {whole}"));
     }
     Ok(())
 }
@@ -285,7 +294,7 @@ impl World {
 
     fn check_images(&self, when: &str) -> Result<(), String> {
         for name in self.plain.names().map_err(|e| e.to_string())? {
-            if name.ends_with(".part") {
+            if name.ends_with(".part") || name == world::RAW {
                 continue;
             }
             self.check_image(&name, when)?;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Operations whose calls are to fail. A new one joins by an entry in [`SCENARIOS`].
 //!
-//! Every operation of the format is here whose calls go through the seam. Not here are: `rebase_unsafe` and raw bases, which open
-//! real files by path; and what `pcow-img` writes besides images, whose own tests let those files be full.
+//! Every operation of the format is here. Not here is what `pcow-img` writes besides images, whose own tests let those files be full.
 
-use pcow_format::ops::Checksum;
+use pcow_format::ops::{Checksum, rebase_unsafe_of};
 use pcow_format::repair::{Unflushed, read_all, repair, settle_unflushed};
 use pcow_format::{ClusterRange, Image, Result, VirtualSize};
 
@@ -54,6 +53,9 @@ pub const SCENARIOS: &[Scenario] = &[
             .active()
             .prepare(ClusterRange::new(NOBODYS, NOBODYS + 3))
     }),
+    scenario("reserve words", nothing, |w| {
+        w.image().active().reserve_map()
+    }),
     scenario("give back", prepared, |w| {
         w.image().active().give_back_prepared()
     }),
@@ -91,6 +93,9 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("delete below the active layer", snapshotted, |w| {
         w.delete("1")
     }),
+    scenario("delete beside a guest", snapshotted_twice, |w| {
+        w.delete_beside_a_guest("1")
+    }),
     scenario("rename", snapshotted, |w| {
         let root = w.image().write_renamed("1", "renamed")?;
         w.image_mut().adopt_root(root);
@@ -108,6 +113,15 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("rebase on none", touched, |w| {
         w.image_mut().rebase(None, IMAGE).map(drop)
     }),
+    closed("rebase, unsafe", touched, |w| {
+        rebase_unsafe_of(&w.stored()?, Some(&based_on("base")), IMAGE).map(drop)
+    }),
+    once(makes(
+        "on-raw",
+        closed("create on a raw file", World::write_raw, |w| {
+            w.create_on_raw("on-raw")
+        }),
+    )),
     once(makes(
         "new",
         closed("create", nothing, |w| w.create("new", None)),
@@ -283,6 +297,17 @@ impl World {
             return Ok(());
         }
         image.delete_snapshot(snapshot).map(drop)
+    }
+
+    fn delete_beside_a_guest(&mut self, snapshot: &str) -> Result<()> {
+        let image = self.image_mut();
+        if image.root().snapshot(snapshot).is_err() {
+            return Ok(());
+        }
+        let deletion = image.prepare_deletion(snapshot, false)?;
+        image.commit_deletion(&deletion)?;
+        let deletion = image.adopt_deletion(deletion);
+        image.finish_deletion(deletion).map(drop)
     }
 
     fn resize(&mut self) -> Result<()> {

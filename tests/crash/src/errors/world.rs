@@ -25,6 +25,8 @@ pub(super) const IMAGE: &str = "img";
 pub(super) const CLUSTER: u64 = 64 << 10;
 pub(super) const CLUSTER_LEN: usize = 64 << 10;
 const DISK: usize = 2 << 20;
+/// The name of a file that is no image.
+pub(super) const RAW: &str = "disk.raw";
 /// Clusters that operations store to, by what they are at first.
 pub(super) const IN_BASE: u64 = 1;
 pub(super) const CLEAN: u64 = 2;
@@ -273,6 +275,19 @@ impl World {
         dir.open(&name, Access::Read).map_err(seam)
     }
 
+    /// A file of somebody else's that is to be a base.
+    pub(super) fn write_raw(&mut self) -> Result<()> {
+        let write = || {
+            let file = self.plain.create(Site("user.raw"), RAW)?;
+            file.write_at(Site("user.raw"), &raw_bytes(), 0)
+        };
+        write().map_err(seam)
+    }
+
+    pub(super) fn create_on_raw(&self, name: &str) -> Result<()> {
+        self.create(name, Some(Base::Raw { path: RAW.into() }))
+    }
+
     pub(super) fn writable(&self, cluster: u64) -> Result<()> {
         let run = Cluster(cluster).only();
         self.image().make_writable(run, &mut Vec::new())
@@ -336,6 +351,7 @@ impl World {
             "base" => self.base.clone(),
             "other" | "converted" => self.other.clone(),
             "new" => vec![0; DISK],
+            "on-raw" => raw_bytes(),
             "copy" => self.shown_by_copy(),
             _ => self.expected.clone(),
         }
@@ -351,6 +367,13 @@ impl World {
         }
         Err(format!("{name}: check: {}", found.join("; ")))
     }
+}
+
+/// What the raw base holds.
+fn raw_bytes() -> Vec<u8> {
+    let mut bytes = vec![0; DISK];
+    bytes[..CLUSTER_LEN].fill(0xd1);
+    bytes
 }
 
 fn new_image(base: Option<Base>) -> Result<NewImage> {

@@ -146,14 +146,15 @@ fn verdict(mutant: &Mutant, traces: &[Traces]) -> Verdict {
     }
 }
 
-/// The first violation of the format without the calls at `site`, in a scene in which there are such calls. If no workload has
-/// any, in all scenes: they are made after a crash.
+/// The first violation of the format without the calls at `site`, in the workloads that have such calls. If there are none, in
+/// all: they are made after a crash.
 fn without(site: &'static str, traces: &[Traces]) -> Option<String> {
     let nowhere = traces.iter().all(|t| !t.has(site));
     let with_it = traces.iter().filter(|t| nowhere || t.has(site));
-    with_it
-        .map(|t| Setting::new(t.scene(), Some(Site(site))))
-        .find_map(|setting| first_violation(&setting, None, |_| true))
+    with_it.into_iter().find_map(|t| {
+        let setting = Setting::new(t.scene(), Some(Site(site)));
+        first_violation(&setting, None, |n, _| nowhere || t.has_in(site, n))
+    })
 }
 
 /// The workloads that mutants are tried on: the opening alone, one operation, two, and a few of three.
@@ -163,18 +164,18 @@ fn tried() -> Vec<Workload> {
     longer().into_iter().chain(short).collect()
 }
 
-/// The first violation in the workloads that mutants are tried on, with a flaw in the format.
+/// The first violation in those workloads of [`tried`] that are wanted, by their number or themselves, with a flaw in the format.
 fn first_violation(
     setting: &Setting,
     flaw: Option<Flaw>,
-    wanted: impl Fn(&Workload) -> bool,
+    wanted: impl Fn(u64, &Workload) -> bool,
 ) -> Option<String> {
     let recovered = Recovered::default();
     mutant::set(flaw);
     let violation = (0..).zip(tried()).find_map(|(seed, workload)| {
         let limits = if workload.len() == 2 { WIDE } else { CLOSE };
         let mut explorer = Explorer::new(setting, limits, &recovered);
-        let explored = wanted(&workload).then(|| explorer.explore(&workload, seed).err());
+        let explored = wanted(seed, &workload).then(|| explorer.explore(&workload, seed).err());
         explored.flatten()
     });
     mutant::set(None);

@@ -57,7 +57,7 @@ pub(super) fn catch(name: &str) -> Option<String> {
 
 fn flawed(flaw: Flaw) -> Option<String> {
     let setting = Setting::new(named_scene("page-cache"), None);
-    first_violation(&setting, Some(flaw), |_| true)
+    first_violation(&setting, Some(flaw), |_, _| true)
 }
 
 fn in_order(mutant: Mutant) -> Option<String> {
@@ -71,7 +71,7 @@ fn in_order(mutant: Mutant) -> Option<String> {
 /// that this sync finds nothing dirty.
 fn seal_without_sync() -> Option<String> {
     let setting = Setting::new(named_scene("dax"), None);
-    first_violation(&setting, Some(Flaw::SealUnflushed), |workload| {
+    first_violation(&setting, Some(Flaw::SealUnflushed), |_, workload| {
         let last = workload.last().map(|o| o.name);
         matches!(last, Some("snapshot" | "live snapshot"))
     })

@@ -14,9 +14,10 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "for images that are not new; new ones have holes there",
     ),
     ("repair.flush_failed.unlink", "gives a name back"),
-    ("repair.flush_failed.sync", "gives a name back"),
-    ("repair.past_end.word", "speaks of no cluster of the disk"),
-    ("repair.past_end.sync", "speaks of no cluster of the disk"),
+    (
+        "repair.past_end.word",
+        "speaks of no cluster of the disk, and no crash leaves such a word",
+    ),
     ("create.part.rmdir", "gives space back"),
     ("create.part.unlink", "gives space back"),
     (
@@ -24,10 +25,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "for a commit after one that failed in the same process",
     ),
     ("active.ensure.reserve", "for full disks"),
-    (
-        "active.ensure.write_back",
-        "for storage that was shared (M17): an active layer of the simulation has its own",
-    ),
     ("active.fill.reserve", "for full disks"),
     ("active.prepare.reserve", "for full disks"),
     (
@@ -37,10 +34,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
     (
         "layer.map.zeros",
         "for full disks, and so that stores need no journal",
-    ),
-    (
-        "delete.mark.sync",
-        "for space: without it a power cut may leave a deletion's files without their marks",
     ),
     ("layer.unlink", "gives space back"),
     ("sweep.part.unlink", "gives space back"),
@@ -53,16 +46,6 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
         "after a sync of the parent that failed: tried with the calls that fail",
     ),
 ];
-
-/// Why nothing can be found wrong with `mutant`, so that it is not tried.
-pub(super) fn without_trial(mutant: &Mutant) -> Option<&'static str> {
-    match mutant {
-        Mutant::Named(_) => None,
-        Mutant::Without(site) => removal(site),
-        Mutant::Hasty(site) => hasty(site),
-        Mutant::Swapped(first, second) => by_kind(first, second),
-    }
-}
 
 fn by_kind(first: &str, second: &str) -> Option<&'static str> {
     if first == second {
@@ -90,17 +73,35 @@ fn hasty(site: &str) -> Option<&'static str> {
             "the answer promises nothing; what is promised later misses the call: see 'without' it",
         );
     }
-    let gives_space_back = [".punch", ".unlink", ".rmdir"];
-    let only_space = gives_space_back.iter().any(|end| site.ends_with(end));
-    (only_space || site.ends_with(".reserve")).then_some("it only takes or gives back space")
+    is_of_space(site).then_some("it only takes or gives back space")
+}
+
+/// Why nothing can be found wrong with `mutant`, so that it is not tried: it leaves out a call that makes nothing durable, but
+/// takes space or gives it back.
+pub(super) fn without_trial(mutant: &Mutant) -> Option<&'static str> {
+    match mutant {
+        Mutant::Without(site) if is_of_space(site) => removal(site),
+        _ => None,
+    }
+}
+
+fn is_of_space(site: &str) -> bool {
+    let kinds = [".punch", ".unlink", ".rmdir", ".reserve"];
+    kinds.iter().any(|end| site.ends_with(end))
 }
 
 /// Why nothing was found wrong with `mutant`.
 pub(super) fn reason(mutant: &Mutant) -> Option<&'static str> {
-    let Mutant::Swapped(first, second) = mutant else {
-        return None;
-    };
-    if NEW_FILES.contains(second) {
+    match mutant {
+        Mutant::Named(_) => None,
+        Mutant::Without(site) => removal(site),
+        Mutant::Hasty(site) => hasty(site),
+        Mutant::Swapped(first, second) => by_kind(first, second).or_else(|| free(first, second)),
+    }
+}
+
+fn free(first: &str, second: &str) -> Option<&'static str> {
+    if NEW_FILES.contains(&second) {
         return Some("nothing names the new file yet: a root (I4), or the rename of a part file");
     }
     let pairs = FREE
@@ -181,7 +182,6 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("root.dir.sync", "open.dir.sync"),
             ("open.dir.sync", "adopt.dir.sync"),
             ("receive.progress.dir.sync", "open.dir.sync"),
-            ("repair.flush_failed.sync", "open.dir.sync"),
             ("active.open.tag_sync", "active.open.map_sync"),
         ],
     ),
@@ -281,10 +281,6 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
-        "gives a name back: a mark that stays only asks for another check",
-        &[("repair.flush_failed.unlink", "repair.flush_failed.sync")],
-    ),
-    (
         "what is live is promised nothing, and may be given up early",
         &[("active.flush.data", "active.flush.distrust")],
     ),
@@ -329,7 +325,6 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         "no root names the layer any more, or yet",
         &[
             ("layer.unlink", "open.dir.sync"),
-            ("repair.flush_failed.sync", "layer.unlink"),
             ("active.flush.data", "layer.unlink"),
             ("active.flush.map", "layer.unlink"),
             ("active.open.map_sync", "layer.unlink"),
@@ -354,10 +349,6 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("active.flush.map", "active.over_zero.zero"),
             ("active.flush.map", "active.prepare.zero"),
         ],
-    ),
-    (
-        "for space: without its sync a deletion's files may be left without their marks",
-        &[("delete.mark.create", "delete.mark.sync")],
     ),
     (
         "the new image has no name before all of it is flushed",

@@ -21,7 +21,8 @@ const MIN_TRIES: usize = 4;
 #[derive(Debug)]
 pub(super) struct Traces {
     setting: Setting,
-    sites: BTreeSet<&'static str>,
+    /// Call sites, with the numbers of the workloads in which there are such calls.
+    sites: BTreeMap<&'static str, BTreeSet<u64>>,
     /// Workloads, with the place in the last operation where the calls are.
     places: BTreeMap<Mutant, Vec<(Workload, usize)>>,
 }
@@ -39,20 +40,26 @@ impl Traces {
     pub(super) fn record(scene: &'static Scene) -> Self {
         let mut traces = Self {
             setting: Setting::new(scene, None),
-            sites: BTreeSet::new(),
+            sites: BTreeMap::new(),
             places: BTreeMap::new(),
         };
-        for workload in super::tried() {
-            if let Some((_, points, _)) = perform(&traces.setting, &workload) {
-                traces.note(&workload, &points);
+        for (number, workload) in (0..).zip(super::tried()) {
+            if let Some(done) = perform(&traces.setting, &workload) {
+                traces.note_calls(number, &done.calls);
+                traces.note_order(&workload, &done.points);
             }
         }
         traces
     }
 
-    fn note(&mut self, workload: &Workload, points: &[Point]) {
+    fn note_calls(&mut self, workload: u64, calls: &BTreeSet<&'static str>) {
+        for site in calls {
+            self.sites.entry(site).or_default().insert(workload);
+        }
+    }
+
+    fn note_order(&mut self, workload: &Workload, points: &[Point]) {
         let sites: Vec<_> = points.iter().map(|p| p.moment.act().site.0).collect();
-        self.sites.extend(&sites);
         let mut note = |mutant, place| {
             let places: &mut Vec<(Workload, usize)> = self.places.entry(mutant).or_default();
             let last = |w: &Workload| w.last().map(|o| o.name);
@@ -80,7 +87,13 @@ impl Traces {
 
     /// Whether a call at `site` was made.
     pub(super) fn has(&self, site: &str) -> bool {
-        self.sites.contains(site)
+        self.sites.contains_key(site)
+    }
+
+    /// Whether one was made in the workload of that number.
+    pub(super) fn has_in(&self, site: &str, workload: u64) -> bool {
+        let with_it = self.sites.get(site);
+        with_it.is_some_and(|w| w.contains(&workload))
     }
 
     /// Orders in which the calls could have come.
@@ -92,10 +105,10 @@ impl Traces {
     pub(super) fn attempt(&self, mutant: &Mutant) -> Option<Tried> {
         let mut result = Tried::Impossible;
         for (seed, (workload, place)) in (0..).zip(self.places.get(mutant)?) {
-            let (before, points, boot) = perform(&self.setting, workload)?;
+            let done = perform(&self.setting, workload)?;
             let crashes = match mutant {
-                Mutant::Hasty(_) => hasty(&before, &points),
-                _ => swapped(&before, &points, *place),
+                Mutant::Hasty(_) => hasty(&done.before, &done.points),
+                _ => swapped(&done.before, &done.points, *place),
             };
             let Some(crashes) = crashes else { continue };
             result = Tried::Missed;
@@ -103,7 +116,7 @@ impl Traces {
             let mut explorer = Explorer::new(&self.setting, WIDE, &recovered);
             explorer.start(seed);
             for (moment, expected) in &crashes {
-                if let Err(broken) = explorer.crash(moment, expected, boot) {
+                if let Err(broken) = explorer.crash(moment, expected, done.boot) {
                     let names: Vec<_> = workload.iter().map(|o| o.name).collect();
                     let (scene, names) = (self.scene().name, names.join(", "));
                     return Some(Tried::Caught(format!(
@@ -117,16 +130,38 @@ impl Traces {
     }
 }
 
-/// Performs a workload; returns the last operation. `None` if it cannot be done.
-fn perform(setting: &Setting, workload: &Workload) -> Option<(Moment, Vec<Point>, u128)> {
+/// A workload that was performed.
+struct Done {
+    /// The filesystem before its last operation.
+    before: Moment,
+    /// The calls of that.
+    points: Vec<Point>,
+    /// The sites of all its calls.
+    calls: BTreeSet<&'static str>,
+    /// The boot that it ended in.
+    boot: u128,
+}
+
+/// `None` if it cannot be done.
+fn perform(setting: &Setting, workload: &Workload) -> Option<Done> {
     let mut run = Run::new(setting, 1).expect("the start of every scene opens");
+    let mut points = run.points();
+    let mut calls = BTreeSet::new();
+    let mut note = |points: &[Point]| calls.extend(points.iter().map(|p| p.moment.act().site.0));
+    note(&points);
     for operation in workload {
         if !run.perform(operation).expect("the format is sound") {
             return None;
         }
+        points = run.points();
+        note(&points);
     }
-    let points = run.points();
-    Some((run.before()?.clone(), points, run.boot))
+    Some(Done {
+        before: run.before()?.clone(),
+        points,
+        calls,
+        boot: run.boot,
+    })
 }
 
 type Crashes = Vec<(Moment, Expected)>;

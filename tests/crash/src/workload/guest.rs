@@ -139,9 +139,10 @@ impl Run<'_> {
         Ok(true)
     }
 
-    /// Storage ahead of stores, for what no layer has.
+    /// Storage ahead of stores: for what no layer has, and for all words.
     pub(super) fn prepare(&mut self) -> Result<bool, String> {
         let mut prepared = false;
+        self.unseen(|image| image.active().reserve_map())?;
         let plan = self.setting.plan();
         for cluster in plan.with(Role::Absent).chain(plan.with(Role::Leftover)) {
             let cluster = Cluster(cluster);

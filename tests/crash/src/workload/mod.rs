@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A workload under way: images open on a simulated filesystem, and what they must show at every act.
 
+mod bases;
 mod guest;
 mod offline;
 mod operations;
@@ -13,18 +14,18 @@ use std::sync::Arc;
 
 use pcow_format::Image;
 use pcow_format::medium::sim::{Moment, Sim};
-use pcow_format::ops::Base;
 use uuid::Uuid;
 
+pub use bases::{clone_of_closed, other_base};
 pub use guest::{store_word, write_back};
 pub use operations::{OPERATIONS, Operation};
 pub use stream::receive_again;
-pub use tree::{clone_of_closed, put_newest_back};
+pub use tree::put_newest_back;
 
 use crate::digest::Digest;
 use crate::model::{Contents, Model, Place, check_equal};
 use crate::random::Random;
-use crate::setting::{self, OTHER, Setting, text};
+use crate::setting::{self, Setting, text};
 
 /// A piece of an operation: while it runs the image shows any of `possible`, afterwards the last of them.
 #[derive(Debug)]
@@ -280,14 +281,5 @@ impl<'a> Run<'a> {
     /// Whether the active layer holds nothing, so that what it shows needs no snapshot.
     fn is_untouched(&self) -> Result<bool, String> {
         self.image().active().is_empty().map_err(text)
-    }
-}
-
-/// The base that a rebase goes to.
-pub fn other_base() -> Base {
-    Base::Image {
-        path: OTHER.into(),
-        snapshot: None,
-        reference: false,
     }
 }

@@ -87,7 +87,7 @@ impl Run<'_> {
     pub(super) fn repair_after_failed_flush(&mut self) -> Result<bool, String> {
         self.failing_flush("active.flush.data")?;
         self.ended = false;
-        let after = self.model().with_mark_removed();
+        let after = self.model().with_mark_removed_for_good();
         self.offline(&[after], |stored| repair(stored).map(drop))?;
         self.slot_mut().unflushed.clear();
         self.reopen_in_doubt()
@@ -164,7 +164,7 @@ impl Run<'_> {
     }
 
     /// A piece of an operation on the image while nobody has it open.
-    fn offline(
+    pub(super) fn offline(
         &mut self,
         steps: &[Model],
         piece: impl FnOnce(&Stored) -> pcow_format::Result<()>,
@@ -185,6 +185,20 @@ impl Run<'_> {
         self.model().disk.check_after_cut(&found)?;
         self.slot_mut().model = self.model().with_found(found);
         Ok(true)
+    }
+
+    /// Somebody copies the data of the active layer, which holds something, with `cp --reflink` while nobody has the image open.
+    pub(super) fn reflink(&mut self) -> Result<bool, String> {
+        for role in [Role::Base, Role::Absent, Role::Zero, Role::Leftover] {
+            self.store(role)?;
+        }
+        let (name, image) = (data_name(self.image().root().active), self.slot().name);
+        self.slot_mut().image = None;
+        self.transition(&[], |run| {
+            let shared = reflink(&run.sim, image, &name);
+            shared.map_err(|e| format!("a copy by reflink: {e}"))
+        })?;
+        self.reopen()
     }
 
     /// A new image takes in the bytes of a file: those of the image that nothing is based on.
@@ -253,6 +267,24 @@ fn copy(sim: &Sim, from: &str, to: &str, dirty: impl Fn(&str) -> bool) -> std::i
     top.rename_dir(site, &part, to)?;
     top.sync(site)
 }
+
+/// Makes the file [`REFLINKED`], which shares the storage of a file of the image.
+fn reflink(sim: &Sim, image: &str, name: &str) -> std::io::Result<()> {
+    let (site, top) = (Site("user.copy"), sim.top());
+    let source = top.open_dir(image)?.open(name, Access::Read)?;
+    if top.names()?.iter().any(|n| n == REFLINKED) {
+        top.unlink(site, REFLINKED)?;
+    }
+    let copy = top.create(site, REFLINKED)?;
+    copy.set_len(site, source.status()?.len)?;
+    sim.set_sharing(true);
+    copy.share_storage(site, source.as_ref())?;
+    sim.set_sharing(false);
+    copy.sync_data(site)
+}
+
+/// What shares its storage with a file of the image.
+const REFLINKED: &str = "reflinked";
 
 fn import_all(image: &Image, file: &dyn File) -> pcow_format::Result<()> {
     let mut at = 0;

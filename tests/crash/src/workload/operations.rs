@@ -5,7 +5,7 @@ use std::fmt;
 
 use pcow_format::medium::sim::When;
 
-use super::Run;
+use super::{Run, other_base};
 use crate::model::Role;
 
 /// Something that changes an image, or ends its process.
@@ -60,11 +60,20 @@ pub static OPERATIONS: &[Operation] = &[
     }),
     operation("rollback", 1, |r| r.rollback(false)),
     operation("rollback, discarding", 1, |r| r.rollback(true)),
-    operation("rebase", 1, |r| r.rebase()),
+    operation("delete the newest", 1, |r| r.delete_newest()),
+    operation("delete below a sealed layer, beside a guest", 1, |r| {
+        r.delete_beside_a_guest()
+    }),
+    operation("rebase", 1, |r| r.rebase(Some(&other_base()))),
+    operation("rebase on nothing", 1, |r| r.rebase(None)),
+    operation("rebase, unsafe", 1, |r| r.rebase_unsafe()),
     operation("rebase, copying", 1, |r| r.rebase_by_copy()),
     operation("clone that fails", 1, |r| r.failing_clone()),
     operation("clone", 1, |r| r.clone_image()),
+    operation("create by reference", 1, |r| r.create_by_reference()),
+    operation("create on a raw file", 1, |r| r.create_on_raw()),
     operation("receive", 1, |r| r.receive()),
+    operation("receive, and give up", 1, |r| r.give_up_receiving()),
     operation("receive a new image", 1, |r| r.receive_new()),
     operation("write", 1, |r| r.write()),
     operation("write zeros", 1, |r| r.write_zeros()),
@@ -81,6 +90,7 @@ pub static OPERATIONS: &[Operation] = &[
     operation("trust a copy", 1, |r| r.trust_copy()),
     operation("give up", 1, |r| r.discard_unflushed()),
     operation("import", 1, |r| r.import()),
+    operation("copy by reflink", 1, |r| r.reflink()),
     operation("kill", 1, |r| r.kill()),
     operation("power cut", 1, |r| r.reboot(false)),
     operation("reboot", 1, |r| r.reboot(true)),

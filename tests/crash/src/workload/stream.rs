@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pcow_format::ErrorKind;
 use pcow_format::medium::sim::Sim;
-use pcow_format::ops::{Received, receive_in};
+use pcow_format::ops::{Received, give_up_receiving_in, receive_in};
 use pcow_format::stream::{Header, Named, Sending, Writer};
 use uuid::Uuid;
 
@@ -31,7 +31,27 @@ impl Run<'_> {
         let shown = stream.contents.clone();
         let after = self.model().with_disk(shown).with_snapshot();
         self.slot_mut().image = None;
-        self.receive_pieces(&name, stream, after)
+        self.receive_pieces(&name, &stream, after)
+    }
+
+    /// The same, but after the first piece nobody wants it any more.
+    pub(super) fn give_up_receiving(&mut self) -> Result<bool, String> {
+        self.snapshot()?;
+        let stream = self.changes()?;
+        let name = self.slot().name.to_owned();
+        let given_up = self.model().clone();
+        let after = given_up.with_disk(stream.contents.clone()).with_snapshot();
+        self.slot_mut().image = None;
+        self.receive_begin(&name, &stream, &after)?;
+        self.transition(&[given_up], |run| {
+            let (top, env) = (run.sim.top(), environment(&run.sim, run.boot));
+            let place = receive_place(top.as_ref(), &name, &env);
+            match give_up_receiving_in(&place).map_err(text)? {
+                Some(_) => Ok(()),
+                None => Err("nothing of half a stream is there".to_owned()),
+            }
+        })?;
+        self.reopen()
     }
 
     /// A copy of the image's newest snapshot.
@@ -55,32 +75,37 @@ impl Run<'_> {
             rest: stream.clone(),
             whole: stream,
         };
-        self.receive_pieces(&name, stream, after)
+        self.receive_pieces(&name, &stream, after)
     }
 
-    fn receive_pieces(&mut self, name: &str, stream: Stream, after: Model) -> Result<bool, String> {
-        let Stream {
-            contents,
-            begin,
-            rest,
-            whole,
-        } = stream;
-        let receiving = Some(Receiving {
+    /// Receives the first piece. What is left of the partial image is looked at from then on: as long as it has its name it
+    /// must be whole.
+    fn receive_begin(&mut self, name: &str, stream: &Stream, after: &Model) -> Result<(), String> {
+        self.slot_mut().model.receiving = Some(Receiving {
             name: name.to_owned(),
-            contents,
-            stream: Arc::new(whole),
+            contents: stream.contents.clone(),
+            stream: Arc::new(stream.whole.clone()),
             after: Arc::new(after.clone()),
         });
-        // What is left of the partial image is looked at afterwards, too: as long as it has its name it must be whole.
-        let mut after = after;
-        after.receiving.clone_from(&receiving);
-        self.slot_mut().model.receiving = receiving;
-        self.transition(&[], |run| match run.receive_piece(name, &begin) {
+        self.transition(&[], |run| match run.receive_piece(name, &stream.begin) {
             Err(e) if e.kind() == ErrorKind::StreamCut => Ok(()),
             Err(e) => Err(text(e)),
             Ok(_) => Err("half of a stream was received".to_owned()),
+        })
+    }
+
+    fn receive_pieces(
+        &mut self,
+        name: &str,
+        stream: &Stream,
+        after: Model,
+    ) -> Result<bool, String> {
+        self.receive_begin(name, stream, &after)?;
+        let mut after = after;
+        after.receiving.clone_from(&self.model().receiving);
+        self.transition(&[after], |run| {
+            run.receive_piece(name, &stream.rest).map_err(text)
         })?;
-        self.transition(&[after], |run| run.receive_piece(name, &rest).map_err(text))?;
         self.slot_mut().unflushed.clear();
         let image = setting::open(&self.sim, self.slot().name, self.boot);
         let image = self.transition(&[], |_| image)?;

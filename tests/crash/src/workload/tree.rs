@@ -5,20 +5,15 @@ use std::sync::Arc;
 
 use pcow_format::medium::sim::Sim;
 use pcow_format::medium::{Access, Site};
-use pcow_format::ops::{Base, Checksum, create_in};
+use pcow_format::ops::Checksum;
 use pcow_format::root::{Kind, Root};
 use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
 use uuid::Uuid;
 
-use super::{Expected, OlderRoot, Run, other_base};
+use super::{Expected, OlderRoot, Run};
 use crate::model::{Model, Role, Snapshot};
 use crate::random::newest;
 use crate::setting::{self, Setting, text};
-
-const EXDEV: i32 = 18;
-const ENOSPC: i32 = 28;
-/// Links that an adoption tries, at most.
-const MAX_LINKS: usize = 16;
 
 impl Run<'_> {
     pub(super) fn snapshot(&mut self) -> Result<bool, String> {
@@ -53,6 +48,36 @@ impl Run<'_> {
             return Ok(false);
         };
         self.delete_number(number)
+    }
+
+    /// The newest snapshot: what an image was rolled back from has nothing on it.
+    pub(super) fn delete_newest(&mut self) -> Result<bool, String> {
+        match self.model().snapshots.as_slice() {
+            [_, .., newest] => self.delete_number(newest.number),
+            _ => Ok(false),
+        }
+    }
+
+    /// As [`Self::delete_merging`], while a guest stores.
+    pub(super) fn delete_beside_a_guest(&mut self) -> Result<bool, String> {
+        self.store(Role::Absent)?;
+        self.snapshot()?;
+        let number = self.model().snapshots.last().map(|s| s.number);
+        let number = number.ok_or("no snapshot was taken")?;
+        self.store(Role::Zero)?;
+        self.snapshot()?;
+        let target = number.to_string();
+        let deletion = self.unseen(|image| image.prepare_deletion(&target, false))?;
+        self.store(Role::Base)?;
+        let after = self.model().without_snapshot(number);
+        self.transition(&[after], |run| {
+            run.image().commit_deletion(&deletion).map_err(text)
+        })?;
+        self.store(Role::Leftover)?;
+        self.change_names(&[], |image| {
+            let adopted = image.adopt_deletion(deletion);
+            image.finish_deletion(adopted).map(drop)
+        })
     }
 
     fn delete_number(&mut self, number: u64) -> Result<bool, String> {
@@ -113,51 +138,6 @@ impl Run<'_> {
         })
     }
 
-    pub(super) fn rebase(&mut self) -> Result<bool, String> {
-        if self.setting.scene.is_wide() {
-            // It looks at every cluster, which takes too long for a search.
-            return Ok(false);
-        }
-        let mut after = self.model().clone();
-        after.disk.promise_all();
-        let name = self.slot().name;
-        self.change_tree(&[after], |image| {
-            image.rebase(Some(&other_base()), name).map(drop)
-        })
-    }
-
-    /// A rebase onto a base of another filesystem.
-    pub(super) fn rebase_by_copy(&mut self) -> Result<bool, String> {
-        (0..MAX_LINKS).for_each(|_| self.sim.fail(Site("adopt.link"), EXDEV));
-        let done = self.rebase();
-        if self.sim.forget_plans() == MAX_LINKS {
-            // Nothing was adopted: this is what another rebase does.
-            return Ok(false);
-        }
-        done
-    }
-
-    /// A clone for which there is no space.
-    pub(super) fn failing_clone(&mut self) -> Result<bool, String> {
-        let sealed = if self.shows_its_parent()? {
-            self.model().clone()
-        } else {
-            self.model().with_snapshot()
-        };
-        let image = self.slot().name;
-        self.slot_mut().image = None;
-        let plan = self.setting.plan();
-        self.transition(&[sealed], |run| {
-            run.sim.fail(Site("create.rename"), ENOSPC);
-            match setting::create(plan, &run.sim, "clone-that-fails", Some(image), run.boot) {
-                Ok(()) => Err("created without space".to_owned()),
-                Err(_) => Ok(()),
-            }
-        })?;
-        self.slot_mut().unflushed.clear();
-        self.reopen()
-    }
-
     pub(super) fn change_tree(
         &mut self,
         steps: &[Model],
@@ -180,26 +160,6 @@ impl Run<'_> {
             change(image.expect("held by nobody else between operations")).map_err(text)
         })?;
         Ok(true)
-    }
-
-    /// Clones the image, which must be closed for that.
-    pub(super) fn clone_image(&mut self) -> Result<bool, String> {
-        let sealed = if self.shows_its_parent()? {
-            self.model().clone()
-        } else {
-            self.model().with_snapshot()
-        };
-        self.clones += 1;
-        let name = format!("clone-{}", self.clones);
-        let after = sealed.with_clone(&name);
-        let image = self.slot().name;
-        self.slot_mut().image = None;
-        let plan = self.setting.plan();
-        self.transition(&[sealed, after], |run| {
-            setting::create(plan, &run.sim, &name, Some(image), run.boot)
-        })?;
-        self.slot_mut().unflushed.clear();
-        self.reopen()
     }
 
     /// The next operations are on the other image.
@@ -295,37 +255,6 @@ impl Run<'_> {
         self.older = None;
         self.reopen()
     }
-}
-
-/// Somebody clones the newest snapshot of an image that nobody has opened since its process died; returns what must be there
-/// then. `None` if it has no snapshot.
-pub fn clone_of_closed(
-    setting: &Setting,
-    sim: &Sim,
-    expected: &Expected,
-    boot: u128,
-) -> Result<Option<Expected>, String> {
-    let stored = setting::stored(sim, expected.image, boot)?;
-    let Some(newest) = stored.root().snapshots.last().map(|s| s.number) else {
-        return Ok(None);
-    };
-    let name = "clone-of-closed";
-    let mut new = setting::new_image(setting.plan(), name, Some(expected.image));
-    if let Some(Base::Image { snapshot, .. }) = &mut new.base {
-        *snapshot = Some(newest.to_string());
-    }
-    let env = setting::environment(sim, boot);
-    let created = create_in(sim.top().as_ref(), name, &new, &env);
-    created.map_err(|e| format!("{name}: {}", text(e)))?;
-    let with_clone = |model: &Model| {
-        let snapshot = model.snapshots.iter().find(|s| s.number == newest)?;
-        Some(model.with_image(name, snapshot.contents.clone()))
-    };
-    let possible: Vec<_> = expected.possible.iter().filter_map(with_clone).collect();
-    if possible.is_empty() {
-        return Err(format!("snapshot {newest} is none that there may be"));
-    }
-    Ok(Some(expected.with_possible(possible)))
 }
 
 /// Somebody opens the image under a root that may be an older one, which shows what it has shown once, or is refused;
