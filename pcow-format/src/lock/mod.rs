@@ -303,12 +303,17 @@ fn request(kind: i32, byte: i64) -> io::Result<libc::flock> {
 }
 
 fn ofd_lock(file: &File, command: i32, lock: &mut libc::flock) -> io::Result<()> {
-    // SAFETY: the fd is open, and both commands read and write exactly one flock, which outlives the call.
-    let r = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *lock) };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    loop {
+        // SAFETY: the fd is open, and both commands read and write exactly one flock, which outlives the call.
+        let r = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *lock) };
+        if r == 0 {
+            return Ok(());
+        }
+        // Also those that do not wait may be interrupted, on network filesystems above all (fcntl(2)).
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The operating system's files behind the seam. Content is read and written with `pread` and `pwrite` only, so that a
 //! truncated or poisoned file is an error, never a signal; mappings are for the words of a DAX file, and to write lines of one back.
+//!
+//! A call that may be interrupted by its manual (open, statfs, fsync, fallocate, everything that moves bytes) is made again.
 
 use std::any::Any;
 use std::fs;
@@ -16,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{
     AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, ResolveFlags, SeekFrom, StatxFlags,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::{
     Access, Directory, Domain, File, Identity, Lease, Site, Status, copy_by_hand, dax, extents,
@@ -40,6 +42,12 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// How many of them in one call: 4 MiB, far below the kernel's limit of pieces (1,024).
 const ZEROS_PER_CALL: usize = 64;
 
+fn open_path(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    Ok(retry_on_intr(|| {
+        rustix::fs::open(path, flags, Mode::empty())
+    })?)
+}
+
 /// A directory of a mounted filesystem.
 #[derive(Debug)]
 pub struct RealDirectory {
@@ -54,7 +62,7 @@ impl RealDirectory {
     /// As open(2); `ENOTDIR` if it is something else.
     pub fn open(path: &Path) -> io::Result<Arc<Self>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(path, flags, Mode::empty())?;
+        let fd = open_path(path, flags)?;
         Ok(Arc::new(Self {
             fd,
             path: path.to_owned(),
@@ -80,7 +88,8 @@ impl RealDirectory {
         } else {
             Mode::empty()
         };
-        Ok(rustix::fs::openat2(&self.fd, name, flags, mode, resolve)?)
+        let open = || rustix::fs::openat2(&self.fd, name, flags, mode, resolve);
+        Ok(retry_on_intr(open)?)
     }
 }
 
@@ -125,12 +134,12 @@ impl Directory for RealDirectory {
     }
 
     fn sync(&self, _: Site) -> io::Result<()> {
-        Ok(rustix::fs::fsync(&self.fd)?)
+        Ok(retry_on_intr(|| rustix::fs::fsync(&self.fd))?)
     }
 
     fn names(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+        for entry in retry_on_intr(|| rustix::fs::Dir::read_from(&self.fd))? {
             let name = entry?.file_name().to_string_lossy().into_owned();
             if name != "." && name != ".." {
                 names.push(name);
@@ -208,7 +217,7 @@ impl RealFile {
     /// As open(2).
     pub fn open_raw(path: &Path) -> io::Result<Arc<dyn File>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let file = fs::File::from(open_path(path, flags)?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
@@ -231,7 +240,7 @@ impl RealFile {
     /// As open(2).
     pub fn open_raw_for_writing(path: &Path) -> io::Result<Arc<dyn File>> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let file = fs::File::from(open_path(path, flags)?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
@@ -240,7 +249,7 @@ impl RealFile {
 
     /// What is left of the filesystem. `None` for one that tells no size (an unlimited tmpfs): that has no last block.
     fn room(&self) -> io::Result<Option<Room>> {
-        let fs = rustix::fs::fstatvfs(&self.file)?;
+        let fs = retry_on_intr(|| rustix::fs::fstatvfs(&self.file))?;
         let size = fs.f_blocks.saturating_mul(fs.f_frsize);
         Ok((size > 0).then(|| Room {
             reserve: (size / 128).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES),
@@ -260,23 +269,16 @@ impl RealFile {
     /// Writes some of `pieces`, durably; returns how many bytes.
     fn write_some_durable(&self, pieces: &[io::IoSlice<'_>], offset: u64) -> io::Result<usize> {
         let flags = rustix::io::ReadWriteFlags::DSYNC;
-        loop {
-            match rustix::io::pwritev2(&self.file, pieces, offset, flags) {
-                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero)),
-                Err(Errno::INTR) => {}
-                other => return Ok(other?),
-            }
+        let write = || rustix::io::pwritev2(&self.file, pieces, offset, flags);
+        match retry_on_intr(write)? {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            written => Ok(written),
         }
     }
 
     fn fallocate(&self, flags: FallocateFlags, range: &Range<u64>) -> rustix::io::Result<()> {
         let length = range.end - range.start;
-        loop {
-            match rustix::fs::fallocate(&self.file, flags, range.start, length) {
-                Err(Errno::INTR) => {}
-                other => return other,
-            }
-        }
+        retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, range.start, length))
     }
 }
 
