@@ -393,7 +393,7 @@ impl File for FaultyFile {
         self.inner.take_lease()
     }
 
-    fn lease_holds(&self) -> bool {
+    fn lease_holds(&self) -> io::Result<bool> {
         self.inner.lease_holds()
     }
 

@@ -50,9 +50,16 @@ pub(super) fn take(file: &File) -> io::Result<Lease> {
 }
 
 /// Whether the lease holds and nobody waits for its end.
-pub(super) fn holds(file: &File) -> bool {
+///
+/// # Errors
+/// As fcntl(2).
+pub(super) fn holds(file: &File) -> io::Result<bool> {
     // SAFETY: the descriptor is open, and the command takes no argument.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) == libc::F_RDLCK }
+    let kind = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) };
+    if kind < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(kind == libc::F_RDLCK)
 }
 
 /// Gives the lease up.
@@ -78,13 +85,13 @@ mod tests {
         assert_eq!(take(&reader).unwrap(), Lease::Busy);
         drop(copy);
         assert_eq!(take(&reader).unwrap(), Lease::Granted);
-        assert!(holds(&reader));
+        assert!(holds(&reader).unwrap());
         // Somebody opens it for writing and does not wait: the lease is broken, and this process lives.
         let mut options = File::options();
         options.write(true).custom_flags(libc::O_NONBLOCK);
         let refused = options.open(&path).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EWOULDBLOCK));
-        assert!(!holds(&reader));
+        assert!(!holds(&reader).unwrap());
         end(&reader);
         options.open(&path).unwrap();
     }

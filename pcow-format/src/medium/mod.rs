@@ -171,7 +171,7 @@ pub trait File: Debug + Send + Sync {
     /// object. The file must have been opened for reading.
     fn take_lease(&self) -> io::Result<Lease>;
     /// Whether a lease that was granted still holds, and nobody waits for its end.
-    fn lease_holds(&self) -> bool;
+    fn lease_holds(&self) -> io::Result<bool>;
     /// Gives a lease up.
     fn end_lease(&self);
     /// The file behind a real implementation, to be passed on to another process.

@@ -496,7 +496,7 @@ impl File for RealFile {
         lease::take(&self.file)
     }
 
-    fn lease_holds(&self) -> bool {
+    fn lease_holds(&self) -> io::Result<bool> {
         lease::holds(&self.file)
     }
 

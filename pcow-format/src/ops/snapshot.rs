@@ -324,10 +324,13 @@ impl Image {
 
     /// The proof still stands. The lease goes with the file, once the image goes on with another layer.
     fn confirm(&self, layer: Uuid, proof: Proof) -> Result<()> {
-        if proof == Proof::Lease && !self.active.data_file().lease_holds() {
-            return Err(still_open(&data_name(layer)));
+        let name = data_name(layer);
+        let holds = || self.active.data_file().lease_holds();
+        let stands = proof != Proof::Lease || holds().context(|| cannot_ask(&name))?;
+        if stands {
+            return Ok(());
         }
-        Ok(())
+        Err(still_open(&name))
     }
 }
 
@@ -339,7 +342,7 @@ fn prove_unwritable(data: &dyn File, name: &str, grace: Duration) -> Result<Proo
     let deadline = Instant::now() + grace;
     loop {
         let lease = data.take_lease();
-        match lease.context(|| format!("cannot ask who writes to {name}"))? {
+        match lease.context(|| cannot_ask(name))? {
             Lease::Granted => return Ok(Proof::Lease),
             Lease::Unknown => return Ok(Proof::None),
             Lease::Busy if Instant::now() < deadline => std::thread::sleep(grace / 100),
@@ -360,6 +363,10 @@ impl From<Error> for Unsealed {
     fn from(error: Error) -> Self {
         Self::Before(error)
     }
+}
+
+fn cannot_ask(name: &str) -> String {
+    format!("cannot ask who writes to {name}")
 }
 
 fn still_open(name: &str) -> Error {

@@ -233,8 +233,8 @@ impl File for SimFile {
         Ok(Lease::Granted)
     }
 
-    fn lease_holds(&self) -> bool {
-        true
+    fn lease_holds(&self) -> io::Result<bool> {
+        Ok(true)
     }
 
     fn end_lease(&self) {}
