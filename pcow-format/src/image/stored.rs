@@ -208,23 +208,27 @@ pub(crate) enum Written {
 /// the old root is still there.
 pub(crate) fn replace_root(dir: &dyn Directory, root: &Root) -> Result<Written> {
     let context = || "cannot replace image.json".to_owned();
-    let text = root.encode()?;
-    match dir.unlink(Site("root.part.unlink"), ROOT_PART) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).context(context),
-        _ => {}
-    }
-    let file = dir
-        .create(Site("root.part.create"), ROOT_PART)
-        .context(context)?;
-    file.write_at(Site("root.part.write"), &text, 0)
-        .context(context)?;
-    file.sync_data(Site("root.part.sync")).context(context)?;
-    dir.rename(Site("root.rename"), ROOT_PART, ROOT_FILE)
+    put_in_place(dir, &root.encode()?)
+        .inspect_err(|_| {
+            // Best effort: the next opening removes what stays (I5).
+            let _ = dir.unlink(Site("root.part.discard"), ROOT_PART);
+        })
         .context(context)?;
     Ok(match dir.sync(Site("root.dir.sync")).context(context) {
         Ok(()) => Written::Durable,
         Err(e) => Written::Visible(e),
     })
+}
+
+fn put_in_place(dir: &dyn Directory, text: &[u8]) -> std::io::Result<()> {
+    match dir.unlink(Site("root.part.unlink"), ROOT_PART) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let file = dir.create(Site("root.part.create"), ROOT_PART)?;
+    file.write_at(Site("root.part.write"), text, 0)?;
+    file.sync_data(Site("root.part.sync"))?;
+    dir.rename(Site("root.rename"), ROOT_PART, ROOT_FILE)
 }
 
 /// As [`replace_root`], for who gives the image up after any error, or goes on with the old root, which shows the same.

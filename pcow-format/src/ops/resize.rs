@@ -24,20 +24,20 @@ impl Image {
         if self.active.is_empty()? {
             root.layers.retain(|l| l.uuid != old.uuid);
             let new = resized(old.clone(), size);
-            self.create_layer(&new)?;
-            self.go_on_in(root, new)?;
+            self.with_new_layer(&new, |image| image.go_on_in(root, &new))?;
             super::remove_unused(self.directory(), &[old.uuid]);
             return Ok(());
         }
         let new = root.empty_layer(old.uuid, size, self.cluster_size())?;
-        self.create_layer(&new)?;
-        self.seal_active(&mut root)?;
-        self.go_on_in(root, new)
+        self.with_new_layer(&new, |image| {
+            image.seal_active(&mut root)?;
+            image.go_on_in(root, &new)
+        })
     }
 
-    fn go_on_in(&mut self, mut root: Root, new: Layer) -> Result<()> {
+    fn go_on_in(&mut self, mut root: Root, new: &Layer) -> Result<()> {
         root.active = new.uuid;
-        root.layers.push(new);
+        root.layers.push(new.clone());
         self.commit(root)
     }
 }

@@ -34,18 +34,19 @@ impl Image {
         let keep = !discard && !self.active.is_empty()?;
         let size = root.chain(target)?[0].size()?;
         let new = root.empty_layer(target, size, self.cluster_size())?;
-        self.create_layer(&new)?;
-        let mut saved_as = None;
-        if keep {
-            let time = super::now();
-            let name = free_name(&root, &format!("before-rollback-{time}"));
-            self.seal_active(&mut root)?;
-            saved_as = Some((root.add_snapshot(&name, old, time)?, name));
-        }
-        root.active = new.uuid;
-        root.layers.push(new);
-        let unused = super::drop_unused_layers(&mut root)?;
-        self.commit(root)?;
+        let (mut saved_as, mut unused) = (None, Vec::new());
+        self.with_new_layer(&new, |image| {
+            if keep {
+                let time = super::now();
+                let name = free_name(&root, &format!("before-rollback-{time}"));
+                image.seal_active(&mut root)?;
+                saved_as = Some((root.add_snapshot(&name, old, time)?, name));
+            }
+            root.active = new.uuid;
+            root.layers.push(new.clone());
+            unused = super::drop_unused_layers(&mut root)?;
+            image.commit(root)
+        })?;
         super::remove_unused(self.directory(), &unused);
         Ok(RolledBack { saved_as })
     }

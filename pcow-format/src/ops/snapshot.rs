@@ -102,10 +102,9 @@ impl Image {
         root.layers.push(new.clone());
         // What cannot be written later is refused now.
         root.encode()?;
-        let pair = self.create_layer(&new)?;
-        let prepared = self.prepare_stack(root, (&new, pair), &row, number);
-        // Most of what is dirty, so that little is left for the moment in which the guest waits.
-        prepared
+        let pair = self.create_layer(&new);
+        pair.and_then(|pair| self.prepare_stack(root, (&new, pair), &row, number))
+            // Most of what is dirty, so that little is left for the moment in which the guest waits.
             .and_then(|prepared| self.flush().map(|()| prepared))
             .inspect_err(|_| self.discard_layer(new.uuid))
     }
@@ -142,6 +141,27 @@ impl Image {
         let new = prepared.after.root().active;
         drop(prepared);
         self.discard_layer(new);
+    }
+
+    /// Has `join` bring the layer `new`, whose files are there then, into the table. They go if that fails before the root
+    /// has it.
+    pub(super) fn with_new_layer(
+        &mut self,
+        new: &Layer,
+        join: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let joined = self.create_layer(new).and_then(|_| join(self));
+        if joined.is_err() {
+            self.discard_unnamed(new.uuid);
+        }
+        joined
+    }
+
+    /// Removes the files of a layer that was to join the table, unless the root has it.
+    pub(super) fn discard_unnamed(&self, layer: Uuid) {
+        if self.root().layer(layer).is_none() {
+            self.discard_layer(layer);
+        }
     }
 
     /// Best effort: the next opening removes what stays (I5).
@@ -256,7 +276,7 @@ impl Image {
     }
 
     /// Creates the files of a layer that is about to join the table. They must promise as much as the present ones do.
-    pub(crate) fn create_layer(&self, layer: &Layer) -> Result<Pair> {
+    fn create_layer(&self, layer: &Layer) -> Result<Pair> {
         let boot = self.stored.environment().boot;
         let pair = layer_files::create(self.directory(), layer, self.root().uuid, boot)?;
         let domain = domain_of(
@@ -265,7 +285,6 @@ impl Image {
             pair.data.as_ref(),
         )?;
         if self.domain() == Domain::Dax && domain != Domain::Dax {
-            // The next opening removes the files (I5).
             let what = "the image is on DAX, but files that are made in it now are not";
             return Err(Error::new(ErrorKind::MixedDomains, what));
         }

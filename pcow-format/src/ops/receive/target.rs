@@ -206,10 +206,12 @@ impl Image {
         let (old, layer) = (self.root().active, row.uuid);
         let (root, new, number) = with_received(self.root(), row, snapshot)?;
         root.encode()?;
-        layer_files::adopt(self.directory(), from, layer)?;
-        // I4: ends with a sync of the directory, which makes both layers' names durable.
-        self.create_layer(&new)?;
-        self.commit(root)?;
+        let adopted = layer_files::adopt(self.directory(), from, layer);
+        adopted
+            // I4: a layer's creation ends with a sync of the directory, which makes both layers' names durable.
+            .and_then(|_| self.with_new_layer(&new, |image| image.commit(root)))
+            // It holds data, so that no opening removes it.
+            .inspect_err(|_| self.discard_unnamed(layer))?;
         ops::remove_unused(self.directory(), &[old]);
         Ok(number)
     }
