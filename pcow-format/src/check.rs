@@ -44,7 +44,9 @@ pub fn check(stored: &Stored) -> Result<Report> {
     for layer in &stored.root().layers {
         if let Err(e) = check_layer(stored, layer, &mut report) {
             match e.kind() {
-                ErrorKind::Io | ErrorKind::BaseForbidden => report.unchecked.push(chain_text(&e)),
+                ErrorKind::Io | ErrorKind::NoSpace | ErrorKind::BaseForbidden => {
+                    report.unchecked.push(chain_text(&e))
+                }
                 _ => report.corruptions.push(chain_text(&e)),
             }
         }
