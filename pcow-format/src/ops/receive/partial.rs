@@ -59,7 +59,12 @@ impl Receive<'_> {
             .rename_dir(Site("receive.gone.rename"), &part, &gone);
         renamed.context(context)?;
         let synced = self.parent.sync(Site("receive.gone.sync"));
-        synced.context(context)?;
+        synced
+            .inspect_err(|_| {
+                // Who tries again looks for it under its name.
+                let _ = rename_back(self.parent, &gone, &part);
+            })
+            .context(context)?;
         discard_part(self.parent, dir, &gone).context(context)
     }
 
@@ -87,7 +92,11 @@ impl Receive<'_> {
             );
             return Err(Error::new(ErrorKind::Unfinished, what));
         }
-        let image = Image::load(Arc::clone(&dir), self.env.clone())?;
+        let image = Image::load(Arc::clone(&dir), self.env.clone()).map_err(|e| {
+            // Not the image that is named: that may not be there.
+            let what = format!("cannot go on with {}", self.part_name());
+            Error::new(e.kind(), what).caused_by(e)
+        })?;
         // Again, now that nobody else receives.
         let (_, unfinished) = self.open_part()?.unwrap_or((dir, unfinished));
         if header.start > unfinished.header.start {
