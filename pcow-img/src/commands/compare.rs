@@ -46,15 +46,14 @@ struct Verdict {
 impl Compare {
     /// Compares; what cannot be compared is told apart from what differs.
     pub fn run(self, global: &Global, console: &mut Console) -> Result<Status, Failure> {
-        let verdict = self
-            .verdict(global)
-            .map_err(|f| f.ending_with(Status::Trouble))?;
-        console.confirm(&verdict)?;
-        Ok(if verdict.identical {
-            Status::Ok
-        } else {
-            Status::Different
-        })
+        let shown = self.verdict(global).and_then(|verdict| {
+            console.confirm(&verdict)?;
+            Ok(verdict.identical)
+        });
+        match shown.map_err(|f| f.ending_with(Status::Trouble))? {
+            true => Ok(Status::Ok),
+            false => Ok(Status::Different),
+        }
     }
 
     fn verdict(&self, global: &Global) -> Result<Verdict, Failure> {
