@@ -24,6 +24,8 @@ pub mod soak;
 pub mod strace;
 pub mod tpm;
 pub mod trace;
+#[cfg(target_arch = "x86_64")]
+pub mod tracer;
 pub mod waiting;
 
 use std::path::PathBuf;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `cargo xtask crash`: builds the search for crashes that break a promise, optimised, and runs it.
 //!
-//! What is searched and how is its own affair (`tests/crash`).
+//! What is searched and how is its own affair (`tests/crash`). With `--errors` the calls below the format's seam fail, too:
+//! those that `pcow-img` makes to the kernel (`tests/tests/failing_calls`).
 
 use crate::error::{Error, Result};
 use crate::run;
@@ -20,7 +21,23 @@ pub struct Arguments {
 /// # Errors
 /// It cannot be built, or it found something.
 pub fn command(arguments: &Arguments) -> Result<()> {
-    search(&arguments.search)
+    search(&arguments.search)?;
+    if arguments.search.iter().any(|word| word == "--errors") {
+        fail_system_calls()?;
+    }
+    Ok(())
+}
+
+fn fail_system_calls() -> Result<()> {
+    let mut build = run::cargo(&["build", "--release", "--package", "pcow-img"]);
+    let mut all = run::cargo(&["test", "--release", "--package", "pcow-tests"]);
+    all.args(["--test", "failing_calls", "--", "--ignored", "--nocapture"]);
+    for command in [&mut build, &mut all] {
+        if !run::shown(command)? {
+            return Err(Error::Failed("see above".into()));
+        }
+    }
+    Ok(())
 }
 
 /// Runs the search with `arguments`.

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Each system call of each operation of `pcow-img` fails, is interrupted, does less than it was asked for, or is the last.
+//!
+//! Whatever happens there is no panic; an error says what failed and why; a check finds nothing; every disk shows what it
+//! showed, or what it is to show; and the operation can be done again.
+#![cfg(target_arch = "x86_64")]
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod judge;
+mod operations;
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use judge::{Outcome, Whole};
+use operations::{OPERATIONS, make};
+use pcow_tests::random::Random;
+use pcow_tests::scratch::Scratch;
+use pcow_tests::tracer::{Failure, Fault};
+
+/// How many cases are tried in the test run.
+const SAMPLE: usize = 1200;
+const SEED: u64 = 1;
+
+const FAILURES: [(&str, Failure); 6] = [
+    ("EIO", Failure::Error(libc::EIO)),
+    ("ENOSPC", Failure::Error(libc::ENOSPC)),
+    ("ENOMEM", Failure::Error(libc::ENOMEM)),
+    ("EINTR", Failure::Error(libc::EINTR)),
+    ("short", Failure::Short),
+    ("killed", Failure::Kill),
+];
+
+/// A case: an operation, by its place, and what fails in it.
+type Case = (usize, Fault);
+
+#[test]
+fn a_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
+    println!("seed {SEED}");
+    try_cases(|cases| sample(cases, &mut Random::new(SEED)));
+}
+
+#[test]
+#[ignore = "takes an hour: cargo xtask crash --errors"]
+fn each_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
+    try_cases(|cases| cases);
+}
+
+fn try_cases(choose: impl Fn(Vec<Case>) -> Vec<Case>) {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let start = Scratch::new();
+    let folder = start.path("images");
+    std::fs::create_dir(&folder).unwrap();
+    make(&folder);
+    let whole = |operation| {
+        Whole::new(&folder, operation).unwrap_or_else(|e| panic!("{}: {e}", operation.line))
+    };
+    let wholes: Vec<_> = OPERATIONS.iter().map(whole).collect();
+    let all: Vec<_> = (0..).zip(&wholes).flat_map(|(n, w)| cases(n, w)).collect();
+    let count = all.len();
+    let mut chosen = choose(all);
+    chosen.retain(|(n, _)| OPERATIONS[*n].line.contains(&only));
+    println!("{} cases of {count}", chosen.len());
+    let mut table = Table::default();
+    let mut wrong = Vec::new();
+    for (number, fault) in chosen {
+        let whole = &wholes[number];
+        match whole.attempt(&folder, fault) {
+            Ok(outcome) => table.note(number, outcome),
+            Err(e) => {
+                let text = format!("{}: {}: {e}", whole.operation.line, describe(fault));
+                eprintln!("{text}");
+                wrong.push(text);
+            }
+        }
+    }
+    table.print(&wholes);
+    assert!(
+        wrong.is_empty(),
+        "{} cases:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+}
+
+fn describe(fault: Fault) -> String {
+    let Fault {
+        name,
+        number,
+        failure,
+        lasting,
+    } = fault;
+    let how = FAILURES.iter().find(|(_, f)| *f == failure).unwrap().0;
+    let lasting = if lasting { " and all later ones" } else { "" };
+    format!("{name} {number}{lasting} ({how})")
+}
+
+/// Every way in which each call of an operation can fail.
+fn cases(number: usize, whole: &Whole<'_>) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
+    for call in &whole.calls {
+        let before = seen.entry(call.name).or_default();
+        for (_, failure) in FAILURES {
+            for lasting in [false, true] {
+                let fault = Fault {
+                    name: call.name,
+                    number: *before,
+                    failure,
+                    lasting,
+                };
+                let is_case = match failure {
+                    Failure::Short => call.amount > 1,
+                    Failure::Kill => !lasting,
+                    Failure::Error(_) => true,
+                };
+                if is_case {
+                    cases.push((number, fault));
+                }
+            }
+        }
+        *before += 1;
+    }
+    cases
+}
+
+/// A sample that has each kind of call of each operation first, and each way to fail of each kind of call.
+fn sample(mut cases: Vec<Case>, random: &mut Random) -> Vec<Case> {
+    for end in (1..cases.len()).rev() {
+        let other = random.below(u64::try_from(end + 1).unwrap());
+        cases.swap(end, usize::try_from(other).unwrap());
+    }
+    let mut kinds = BTreeSet::new();
+    let mut ways = BTreeSet::new();
+    let is_first = |(number, fault): &Case| {
+        let way = format!("{:?} {}", fault.failure, fault.lasting);
+        let first_of_kind = kinds.insert((*number, fault.name));
+        ways.insert((fault.name, way)) || first_of_kind
+    };
+    let (mut sample, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_first);
+    let room = SAMPLE.saturating_sub(sample.len());
+    sample.extend(others.into_iter().take(room));
+    sample
+}
+
+/// What came of the cases of each operation.
+#[derive(Default)]
+struct Table(BTreeMap<usize, BTreeMap<Outcome, usize>>);
+
+impl Table {
+    fn note(&mut self, number: usize, outcome: Outcome) {
+        *self
+            .0
+            .entry(number)
+            .or_default()
+            .entry(outcome)
+            .or_default() += 1;
+    }
+
+    fn print(&self, wholes: &[Whole<'_>]) {
+        println!("| operation | calls | cases | refused | tolerated | killed | did not come |");
+        println!("|---|---|---|---|---|---|---|");
+        for (number, outcomes) in &self.0 {
+            let whole = &wholes[*number];
+            let count = |o| outcomes.get(&o).copied().unwrap_or(0);
+            println!(
+                "| {} | {} | {} | {} | {} | {} | {} |",
+                whole.operation.line,
+                whole.calls.len(),
+                outcomes.values().sum::<usize>(),
+                count(Outcome::Refused),
+                count(Outcome::Tolerated),
+                count(Outcome::Killed),
+                count(Outcome::Missed)
+            );
+        }
+    }
+}
