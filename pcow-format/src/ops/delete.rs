@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::active::{Active, read_states};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, IoContext, Result};
-use crate::image::{Image, write_root};
+use crate::image::{Image, Written, replace_root};
 use crate::layer_files::{self, Pair};
 use crate::map::State;
 use crate::medium::{Access, Directory, Site, read_exact_at};
@@ -98,13 +98,15 @@ impl Image {
             }
             Fate::Merge(upper) => {
                 marked = vec![Uuid::new_v4(), snapshot.layer, upper];
-                self.mark(&marked)?;
-                let merged = self.merge(&mut root, marked[0], (upper, snapshot.layer));
+                let made = self.mark(&marked);
+                let layers = (upper, snapshot.layer);
+                let merged = made.and_then(|()| self.merge(&mut root, marked[0], layers));
                 deleted.copied_bytes = merged.inspect_err(|_| self.give_up(&marked))?;
             }
         }
-        let gone = super::drop_unused_layers(&mut root)?;
-        let below = self.chain_below(&root)?;
+        let gone = super::drop_unused_layers(&mut root);
+        let left = gone.and_then(|gone| Ok((gone, self.chain_below(&root)?)));
+        let (gone, below) = left.inspect_err(|_| self.give_up(&marked))?;
         Ok(Deletion {
             root,
             below,
@@ -125,7 +127,15 @@ impl Image {
     /// # Errors
     /// `NoSpace` or `Io`.
     pub fn commit_deletion(&self, deletion: &Deletion) -> Result<()> {
-        write_root(self.directory(), &deletion.root)
+        match replace_root(self.directory(), &deletion.root) {
+            Ok(Written::Durable) => Ok(()),
+            // This goes on with the old root, the next opening with either: what both name stays.
+            Ok(Written::Visible(e)) => Err(e),
+            Err(e) => {
+                self.give_up(&deletion.marked);
+                Err(e)
+            }
+        }
     }
 
     /// Goes on without what was deleted. The disk shows what it showed. Takes no time.
@@ -165,7 +175,10 @@ impl Image {
 
     /// Best effort: the next opening removes what stays (I5).
     fn give_up(&self, marked: &[Uuid]) {
-        let removed = super::remove_layer_files(self.directory(), marked[0]);
+        let Some(merged) = marked.first() else {
+            return;
+        };
+        let removed = super::remove_layer_files(self.directory(), *merged);
         if let Err(e) = removed.and_then(|()| remove_marks(self.directory(), marked)) {
             log::debug!("{e}");
         }
