@@ -65,7 +65,8 @@ impl Receive<'_> {
                 let _ = rename_back(self.parent, &gone, &part);
             })
             .context(context)?;
-        discard_part(self.parent, dir, &gone).context(context)
+        let removed = discard_part(self.parent, dir, &gone);
+        removed.context(|| format!("cannot remove {gone}"))
     }
 
     /// Opens the partial image that goes on with the stream, or makes one.
