@@ -14,6 +14,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 
 pub use calls::Call;
 use calls::{Entered, Lent};
+
+use crate::waiting::wait_until;
 
 /// Longer than anything here takes on a slow machine; only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,24 +76,129 @@ pub struct Traced {
 /// # Panics
 /// If it cannot be started or traced, or has not ended after a minute.
 pub fn run(command: &mut Command, folder: &Path, fault: Option<Fault>) -> Traced {
-    let filter = calls::filter();
-    let trace_me = move || {
-        ptrace::traceme()?;
-        seccompiler::apply_filter(&filter).map_err(io::Error::other)
-    };
-    // SAFETY: between fork and exec it makes system calls, and takes no lock; memory is allocated only for an error.
-    unsafe { command.pre_exec(trace_me) };
-    let child = command.spawn().unwrap();
-    let process = Pid::from_raw(i32::try_from(child.id()).unwrap());
-    let watch = Watch::new(process);
-    let mut tracer = Tracer::new(process, folder, fault);
+    let seen = Arc::new(Mutex::new(Seen::new(fault)));
+    let mut tracer = Tracer::start(command, folder, Arc::clone(&seen));
+    let watch = Watch::new(tracer.process);
     let status = tracer.follow();
-    watch.end(&tracer.calls);
+    let Seen { calls, failed, .. } = std::mem::take(&mut *lock(&seen));
+    watch.end(&calls);
     Traced {
-        calls: tracer.calls,
-        failed: tracer.failed,
+        calls,
+        failed,
         status,
     }
+}
+
+/// A process that runs on while its calls are listed and fail. Killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    process: Pid,
+    seen: Arc<Mutex<Seen>>,
+    /// Who traces must be who has started it.
+    thread: JoinHandle<ExitStatus>,
+}
+
+impl Running {
+    /// Starts `command`, of whose calls those on files below `folder` count.
+    pub fn start(mut command: Command, folder: &Path) -> Self {
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let (folder, shared) = (folder.to_owned(), Arc::clone(&seen));
+        let (tell, told) = channel();
+        let thread = std::thread::spawn(move || {
+            let mut tracer = Tracer::start(&mut command, &folder, shared);
+            tell.send(tracer.process).unwrap();
+            tracer.follow()
+        });
+        Self {
+            process: told.recv().unwrap(),
+            seen,
+            thread,
+        }
+    }
+
+    /// Lists calls from now on, and lets them fail as `fault` says.
+    pub fn begin(&self, fault: Option<Fault>) {
+        *lock(&self.seen) = Seen::new(fault);
+    }
+
+    /// Lets no call fail from now on; returns the calls since the beginning, and those that failed.
+    pub fn end(&self) -> (Vec<Call>, Vec<Call>) {
+        let seen = std::mem::take(&mut *lock(&self.seen));
+        (seen.calls, seen.failed)
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Asks it to end, and waits for that.
+    pub fn terminate(&self) {
+        if !self.has_ended() {
+            // It may end by itself at this moment.
+            let _ = kill(self.process, Signal::SIGTERM);
+        }
+        wait_until("the process ends", PATIENCE, || self.has_ended());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.has_ended() {
+            let _ = kill(self.process, Signal::SIGKILL);
+        }
+    }
+}
+
+/// What was seen of a process, and what is to fail.
+#[derive(Debug, Default)]
+struct Seen {
+    fault: Option<Fault>,
+    /// How many calls of each name there were.
+    numbers: BTreeMap<&'static str, u32>,
+    calls: Vec<Call>,
+    failed: Vec<Call>,
+}
+
+impl Seen {
+    fn new(fault: Option<Fault>) -> Self {
+        Self {
+            fault,
+            ..Self::default()
+        }
+    }
+
+    /// Notes a call that is about to be made; returns what becomes of it.
+    fn note(&mut self, call: Call) -> Option<Failure> {
+        let before = self.numbers.entry(call.name).or_default();
+        let number = *before;
+        *before += 1;
+        let failure = self.failure_of(&call, number);
+        if failure.is_some() {
+            self.failed.push(call.clone());
+        }
+        self.calls.push(call);
+        failure
+    }
+
+    fn failure_of(&self, call: &Call, number: u32) -> Option<Failure> {
+        let fault = self.fault.filter(|fault| fault.name == call.name)?;
+        let most = match fault.failure {
+            Failure::Error(libc::EINTR) => MOST_INTERRUPTIONS,
+            _ => u32::MAX,
+        };
+        let meant = if fault.lasting {
+            number >= fault.number && number - fault.number < most
+        } else {
+            number == fault.number
+        };
+        let can = fault.failure != Failure::Short || call.amount > 1;
+        (meant && can).then_some(fault.failure)
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap()
 }
 
 /// Ends a process that hangs.
@@ -130,24 +238,25 @@ impl Watch {
 struct Tracer {
     process: Pid,
     folder: PathBuf,
-    fault: Option<Fault>,
-    /// How many calls of each name there were.
-    seen: BTreeMap<&'static str, u32>,
-    calls: Vec<Call>,
-    failed: Vec<Call>,
+    seen: Arc<Mutex<Seen>>,
     /// All traced threads, with what has to be put back at the end of their call.
     threads: HashMap<Pid, Option<(Entered, Lent)>>,
 }
 
 impl Tracer {
-    fn new(process: Pid, folder: &Path, fault: Option<Fault>) -> Self {
+    fn start(command: &mut Command, folder: &Path, seen: Arc<Mutex<Seen>>) -> Self {
+        let filter = calls::filter();
+        let trace_me = move || {
+            ptrace::traceme()?;
+            seccompiler::apply_filter(&filter).map_err(io::Error::other)
+        };
+        // SAFETY: between fork and exec it makes system calls, and takes no lock; memory is allocated only for an error.
+        unsafe { command.pre_exec(trace_me) };
+        let child = command.spawn().unwrap();
         Self {
-            process,
+            process: Pid::from_raw(i32::try_from(child.id()).unwrap()),
             folder: folder.to_owned(),
-            fault,
-            seen: BTreeMap::new(),
-            calls: Vec::new(),
-            failed: Vec::new(),
+            seen,
             threads: HashMap::new(),
         }
     }
@@ -216,10 +325,7 @@ impl Tracer {
         // A thread that was killed meanwhile has no registers.
         let mut entered = Entered::new(thread, ptrace::getregs(thread).ok()?)?;
         let call = entered.call(&self.folder)?;
-        let failure = self.failure_of(&call);
-        self.calls.push(call.clone());
-        let failure = failure?;
-        self.failed.push(call);
+        let failure = lock(&self.seen).note(call)?;
         let lent = match failure {
             Failure::Error(number) => {
                 entered.fail(number);
@@ -233,25 +339,6 @@ impl Tracer {
         };
         tolerate_death(ptrace::setregs(thread, entered.registers));
         lent.map(|lent| (entered, lent))
-    }
-
-    /// What becomes of a call that is about to be made.
-    fn failure_of(&mut self, call: &Call) -> Option<Failure> {
-        let before = self.seen.entry(call.name).or_default();
-        let number = *before;
-        *before += 1;
-        let fault = self.fault.filter(|fault| fault.name == call.name)?;
-        let most = match fault.failure {
-            Failure::Error(libc::EINTR) => MOST_INTERRUPTIONS,
-            _ => u32::MAX,
-        };
-        let meant = if fault.lasting {
-            number >= fault.number && number - fault.number < most
-        } else {
-            number == fault.number
-        };
-        let can = fault.failure != Failure::Short || call.amount > 1;
-        (meant && can).then_some(fault.failure)
     }
 
     fn at_exit(&mut self, thread: Pid) {

@@ -150,7 +150,8 @@ impl<'a> Whole<'a> {
         let may_leave =
             fault.failure == Failure::Kill || fault.lasting || removes(&run.traced.failed);
         let leftovers = world.leftovers();
-        let expected = |name: &String| name.ends_with(".receive.part");
+        // What could not be removed is named.
+        let expected = |name: &String| name.ends_with(".receive.part") || run.stderr.contains(name);
         if !may_leave && !leftovers.iter().all(expected) {
             return Err(format!("leaves {leftovers:?}"));
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each system call of each operation of `pcow-img` fails, is interrupted, does less than it was asked for, or is the last.
+//! Each system call of each operation of `pcow-img`, and of a backend that serves a guest, fails, is interrupted, does less than it was asked for, or is the last.
 //!
 //! Whatever happens there is no panic; an error says what failed and why; a check finds nothing; every disk shows what it
 //! showed, or what it is to show; and the operation can be done again.
@@ -8,6 +8,7 @@
 
 mod judge;
 mod operations;
+mod serving;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,10 +17,12 @@ use judge::{Outcome, Whole};
 use operations::{OPERATIONS, make};
 use pcow_tests::random::Random;
 use pcow_tests::scratch::Scratch;
-use pcow_tests::tracer::{Failure, Fault};
+use pcow_tests::tracer::{Call, Failure, Fault};
 
 /// How many cases are tried in the test run.
 const SAMPLE: usize = 1200;
+/// The same, of a backend.
+const SERVED: usize = 60;
 const SEED: u64 = 1;
 
 const FAILURES: [(&str, Failure); 6] = [
@@ -37,7 +40,7 @@ type Case = (usize, Fault);
 #[test]
 fn a_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
     println!("seed {SEED}");
-    try_cases(|cases| sample(cases, &mut Random::new(SEED)));
+    try_cases(|cases| sample(cases, SAMPLE, &mut Random::new(SEED)));
 }
 
 #[test]
@@ -46,20 +49,56 @@ fn each_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
     try_cases(|cases| cases);
 }
 
-fn try_cases(choose: impl Fn(Vec<Case>) -> Vec<Case>) {
-    let only = std::env::var("ONLY").unwrap_or_default();
+#[test]
+fn a_guest_never_sees_that_a_call_of_its_backend_fails() {
+    let start = start();
+    let folder = start.path("images");
+    let whole = serving::serve(&folder, None);
+    assert!(!whole.refused);
+    let mut all = cases(&whole.calls, 0);
+    // That is what other tests are for (`death_at_each_step`).
+    all.retain(|(_, fault)| fault.failure != Failure::Kill);
+    let count = all.len();
+    let cases = sample(all, SERVED, &mut Random::new(SEED));
+    println!("{} cases of {count}, seed {SEED}", cases.len());
+    let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
+    for (_, fault) in cases {
+        println!("{}", describe(fault));
+        let session = serving::serve(&folder, Some(fault));
+        let outcome = match (session.failed, session.refused, session.waited) {
+            (false, ..) => "did not come",
+            (true, true, _) => "something was refused",
+            (true, false, true) => "the guest waited",
+            (true, false, false) => "tolerated",
+        };
+        *outcomes
+            .entry(format!("{} {outcome}", fault.name))
+            .or_default() += 1;
+    }
+    println!("{} calls: {outcomes:#?}", whole.calls.len());
+}
+
+fn start() -> Scratch {
     let start = Scratch::new();
     let folder = start.path("images");
     std::fs::create_dir(&folder).unwrap();
     make(&folder);
+    start
+}
+
+fn try_cases(choose: impl Fn(Vec<Case>) -> Vec<Case>) {
+    let start = start();
+    let folder = start.path("images");
     let whole = |operation| {
         Whole::new(&folder, operation).unwrap_or_else(|e| panic!("{}: {e}", operation.line))
     };
     let wholes: Vec<_> = OPERATIONS.iter().map(whole).collect();
-    let all: Vec<_> = (0..).zip(&wholes).flat_map(|(n, w)| cases(n, w)).collect();
+    let numbered = (0..).zip(&wholes);
+    let all: Vec<_> = numbered
+        .flat_map(|(number, whole)| cases(&whole.calls, number))
+        .collect();
     let count = all.len();
-    let mut chosen = choose(all);
-    chosen.retain(|(n, _)| OPERATIONS[*n].line.contains(&only));
+    let chosen = choose(all);
     println!("{} cases of {count}", chosen.len());
     let mut table = Table::default();
     let mut wrong = Vec::new();
@@ -96,10 +135,10 @@ fn describe(fault: Fault) -> String {
 }
 
 /// Every way in which each call of an operation can fail.
-fn cases(number: usize, whole: &Whole<'_>) -> Vec<Case> {
+fn cases(calls: &[Call], number: usize) -> Vec<Case> {
     let mut cases = Vec::new();
     let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
-    for call in &whole.calls {
+    for call in calls {
         let before = seen.entry(call.name).or_default();
         for (_, failure) in FAILURES {
             for lasting in [false, true] {
@@ -125,7 +164,7 @@ fn cases(number: usize, whole: &Whole<'_>) -> Vec<Case> {
 }
 
 /// A sample that has each kind of call of each operation first, and each way to fail of each kind of call.
-fn sample(mut cases: Vec<Case>, random: &mut Random) -> Vec<Case> {
+fn sample(mut cases: Vec<Case>, size: usize, random: &mut Random) -> Vec<Case> {
     for end in (1..cases.len()).rev() {
         let other = random.below(u64::try_from(end + 1).unwrap());
         cases.swap(end, usize::try_from(other).unwrap());
@@ -138,7 +177,7 @@ fn sample(mut cases: Vec<Case>, random: &mut Random) -> Vec<Case> {
         ways.insert((fault.name, way)) || first_of_kind
     };
     let (mut sample, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_first);
-    let room = SAMPLE.saturating_sub(sample.len());
+    let room = size.saturating_sub(sample.len());
     sample.extend(others.into_iter().take(room));
     sample
 }

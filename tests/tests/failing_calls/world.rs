@@ -55,6 +55,13 @@ pub type Shown = BTreeMap<String, Vec<u32>>;
 /// Operations that are cut off have written whole ones.
 pub const BLOCK_BYTES: usize = 4096;
 
+/// Copies a folder, with its links and holes.
+pub fn copy_to(start: &Path, folder: &Path) {
+    let mut copy = Command::new("cp");
+    let copied = copy.arg("-a").arg(start).arg(folder).status();
+    assert!(copied.unwrap().success());
+}
+
 /// A copy of the images in which one operation is done.
 pub struct World {
     scratch: Scratch,
@@ -73,9 +80,7 @@ impl World {
         let world = Self {
             scratch: Scratch::new(),
         };
-        let mut copy = Command::new("cp");
-        let copied = copy.arg("-a").arg(start).arg(world.folder()).status();
-        assert!(copied.unwrap().success());
+        copy_to(start, &world.folder());
         if !operation.before.is_empty() {
             call(&world.folder(), operation.before);
         }
