@@ -244,6 +244,7 @@ struct Tracer {
 }
 
 impl Tracer {
+    #[expect(clippy::zombie_processes, reason = "`follow` waits for it")]
     fn start(command: &mut Command, folder: &Path, seen: Arc<Mutex<Seen>>) -> Self {
         let filter = calls::filter();
         let trace_me = move || {

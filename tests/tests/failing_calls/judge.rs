@@ -86,7 +86,7 @@ impl<'a> Whole<'a> {
         let may_tell = ["info", "list"];
         let starts = |word: &&str| self.operation.line.starts_with(word);
         run.stdout == self.stdout
-            || may_tell.iter().any(|word| starts(word)) && tells.iter().any(|t| printed.contains(t))
+            || may_tell.iter().any(starts) && tells.iter().any(|t| printed.contains(t))
     }
 
     fn judge_end(&self, run: &Run, fault: Fault) -> Result<Outcome, String> {
