@@ -211,7 +211,7 @@ pub(crate) fn replace_root(dir: &dyn Directory, root: &Root) -> Result<Written> 
     put_in_place(dir, &root.encode()?)
         .inspect_err(|_| {
             // Best effort: the next opening removes what stays (I5).
-            let _ = dir.unlink(Site("root.part.discard"), ROOT_PART);
+            let _ = dir.unlink(Site("root.discard.unlink"), ROOT_PART);
         })
         .context(context)?;
     Ok(match dir.sync(Site("root.dir.sync")).context(context) {

@@ -72,6 +72,10 @@ pub(super) const NEVER: &[(&str, &str)] = &[
         "no crash makes words past the end: tried with damaged images",
     ),
     (
+        "root.discard.unlink",
+        "after a commit that fails: tried with the calls that fail",
+    ),
+    (
         "root.part.unlink",
         "after a commit that failed in the same process: tried with the calls that fail",
     ),

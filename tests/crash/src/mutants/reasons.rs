@@ -20,6 +20,7 @@ const NOT_FOR_CRASHES: &[(&str, &str)] = &[
     ),
     ("create.part.rmdir", "gives space back"),
     ("create.part.unlink", "gives space back"),
+    ("root.discard.unlink", "gives space back"),
     (
         "root.part.unlink",
         "for a commit after one that failed in the same process",
