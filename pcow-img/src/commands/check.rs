@@ -120,14 +120,22 @@ impl Check {
 
     /// An image that cannot be opened has nothing that can be mended.
     fn mend(&self, base_dirs: &[PathBuf]) -> Result<Vec<String>, Failure> {
+        match self.open_sound(base_dirs)? {
+            Some(stored) => repair::repair(&stored).doing(|| self.context()),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// `None` if the image is not what it should be, which [`Self::look`] says.
+    fn open_sound(&self, base_dirs: &[PathBuf]) -> Result<Option<Stored>, Failure> {
         match Stored::open(&self.image, base_dirs) {
-            Ok(stored) => repair::repair(&stored).doing(|| self.context()),
-            Err(_) => Ok(Vec::new()),
+            Err(e) if !matches!(e.kind(), ErrorKind::Io | ErrorKind::NoSpace) => Ok(None),
+            opened => opened.doing(|| self.context()).map(Some),
         }
     }
 
     fn read_all(&self, global: &Global) -> Result<Vec<String>, Failure> {
-        let Ok(stored) = Stored::open(&self.image, &global.base_dirs) else {
+        let Some(stored) = self.open_sound(&global.base_dirs)? else {
             return Ok(Vec::new());
         };
         let used = stored.total_usage().doing(|| self.context())?.total();

@@ -2,6 +2,7 @@
 //! `info`: what an image is, what it takes, what it is made of and what it promises.
 
 use std::fmt;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -270,7 +271,7 @@ impl ImageInfo {
         let usage = total(&layers);
         let domain = stored.domain();
         let mut problems = problems(stored);
-        problems.extend(domain.as_ref().err().and_then(mixed_domains));
+        problems.extend(domain.as_ref().err().and_then(unknown_domain));
         let domain = domain.ok();
         Ok(Self {
             filename: path.to_owned(),
@@ -323,9 +324,17 @@ fn with_advice(error: &pcow_format::Error) -> String {
     }
 }
 
-/// Other errors of finding out the domain say that this user may not write the image, which is no problem of it.
-fn mixed_domains(error: &pcow_format::Error) -> Option<String> {
-    (error.kind() == ErrorKind::MixedDomains).then(|| with_advice(error))
+/// Why the persistence domain is not known, unless it is that this user may not write the image, which is no problem of it.
+fn unknown_domain(error: &pcow_format::Error) -> Option<String> {
+    let cause = std::error::Error::source(error).and_then(|e| e.downcast_ref::<io::Error>());
+    let may_not_write = cause.is_some_and(|e| {
+        let kinds = [
+            io::ErrorKind::PermissionDenied,
+            io::ErrorKind::ReadOnlyFilesystem,
+        ];
+        kinds.contains(&e.kind())
+    });
+    (!may_not_write).then(|| with_advice(error))
 }
 
 fn hindrance(stored: &Stored) -> Option<String> {
@@ -386,7 +395,8 @@ fn promises(info: &ImageInfo) -> &'static [&'static str] {
             "- a power loss loses what was written since the last flush on the host",
             "- the guest's own flushes through an nvdimm are not power-fail safe",
         ],
-        None => &["not known: the image cannot be opened for writing"],
+        None if info.problems.is_empty() => &["not known: only who may write the image can tell"],
+        None => &["not known"],
     }
 }
 
