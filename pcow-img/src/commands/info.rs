@@ -10,7 +10,7 @@ use clap::Args;
 use pcow_format::info::Usage;
 use pcow_format::medium::Domain;
 use pcow_format::root::{self, Kind};
-use pcow_format::{ErrorKind, Stored, holder};
+use pcow_format::{Stored, holder};
 use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;

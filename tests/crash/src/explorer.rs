@@ -27,6 +27,8 @@ use crate::workload::{
 pub struct Limits {
     /// What they are called in traces.
     pub name: &'static str,
+    /// One workload in so many is looked at; 1 for each.
+    pub workloads: u64,
     /// An operation is cut off after one in so many of its acts; 1 for after each.
     pub acts: usize,
     /// Up to this many combinations all are tried.

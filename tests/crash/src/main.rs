@@ -11,7 +11,8 @@ use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
 use pcow_crash::search::{
-    BRIEF, CLOSE, FAST, LONG, LONGEST, MANY, Recovered, WIDE, explore_long, explore_short, replay,
+    BRIEF, CLOSE, FAST, LONG, LONGEST, MANY, Recovered, THIN, WIDE, explore_long, explore_short,
+    replay,
 };
 use pcow_crash::setting::{SCENES, Setting};
 use pcow_crash::sites::is_of_others;
@@ -117,12 +118,12 @@ fn mutants(part: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// How close to look at workloads of one operation, of two, and of three. In the test run three are for the two plain media:
+/// How close to look at workloads of one operation, of two, and of three. In the test run a third of those of three are for the two plain media:
 /// the others differ from them in what shorter workloads reach.
 fn limits(scene: &str, long: bool) -> &'static [Limits] {
     match scene {
         "page-cache" | "dax" if long => &[CLOSE, WIDE, MANY],
-        "page-cache" | "dax" => &[CLOSE, FAST, BRIEF],
+        "page-cache" | "dax" => &[CLOSE, FAST, THIN],
         "page-cache-wide" | "dax-wide" => &[CLOSE],
         _ if long => &[CLOSE, FAST, BRIEF],
         _ => &[CLOSE, BRIEF],

@@ -47,6 +47,8 @@ impl Run<'_> {
         self.offline(&[after], |stored| {
             rebase_unsafe_of(stored, Some(&other_base()), name).map(drop)
         })?;
+        // Under a root of before, what is stored from now on lies on the old base, as it never did.
+        self.slot_mut().roots.clear();
         self.reopen()
     }
 
