@@ -121,7 +121,7 @@ impl Active {
     }
 
     /// A frontend of an earlier backend goes on with the image.
-    pub(crate) fn is_mapped_already(&mut self) {
+    pub(crate) fn note_mapped(&mut self) {
         self.is_mapped = true;
     }
 

@@ -95,7 +95,7 @@ impl Image {
         }
         let (mut active, below, recovery) = open_stack(&stored)?;
         if is_kept {
-            active.is_mapped_already();
+            active.note_mapped();
         }
         active.settle_inherited()?;
         // After the checks: an image that is refused is left as it was.
