@@ -31,11 +31,14 @@ const APART: u64 = 5 * MIB;
 /// Longer than anything here takes on a slow machine; only a hang reaches it.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Messages to the frontend and to operators, and whatever changes what is on disk or says who may.
-const ACTS: [&str; 15] = [
+const ACTS: [&str; 18] = [
     "sendmsg",
     "sendto",
     "recvmsg",
+    "openat2",
+    "ioctl",
     "pwrite64",
+    "pwritev2",
     "fsync",
     "fdatasync",
     "fallocate",

@@ -13,6 +13,7 @@ mod cache;
 mod crash;
 mod demo;
 mod error;
+mod failures;
 mod fuzz;
 mod guest;
 mod initramfs;

@@ -163,6 +163,20 @@ pub fn shown(command: &mut Command) -> Result<bool> {
     Ok(status.success())
 }
 
+/// Runs `command` with both outputs on standard error, as they come, giving each line to `each`,
+/// too, and says whether it succeeded.
+///
+/// # Errors
+/// The program cannot be started.
+pub fn echoed(command: &mut Command, mut each: impl FnMut(&[u8])) -> Result<bool> {
+    let name = program(command);
+    let status = run_merged(command, |line| {
+        each(line);
+        io::stderr().write_all(line)
+    });
+    Ok(status.map_err(start_error(&name))?.success())
+}
+
 /// Runs `command` and returns what it wrote to standard output.
 ///
 /// # Errors

@@ -14,6 +14,7 @@ use crate::boot::Boot;
 use crate::cache::Cache;
 use crate::crash;
 use crate::error::{Error, Result};
+use crate::failures::Failures;
 use crate::guest;
 use crate::lab;
 use crate::packages::{self, Step};
@@ -188,7 +189,11 @@ fn test(arguments: &Arguments, machine: Option<&Machine>, report: &mut Report) {
         None => command.args(["--exclude", END_TO_END]),
     };
     command.args(&arguments.cargo_arguments);
-    report.run("test", || shown(&mut command));
+    let mut failures = Failures::default();
+    report.run("test", || {
+        said(run::echoed(&mut command, |line| failures.line(line))?)
+    });
+    report.failures = failures.finish();
 }
 
 impl Machine {
@@ -207,7 +212,12 @@ impl Machine {
 }
 
 fn shown(command: &mut Command) -> Result<()> {
-    if run::shown(command)? {
+    said(run::shown(command)?)
+}
+
+/// The result of a program that has said by itself what is wrong.
+fn said(succeeded: bool) -> Result<()> {
+    if succeeded {
         return Ok(());
     }
     Err(Error::Failed("see above".into()))
@@ -228,6 +238,8 @@ enum Outcome {
 #[derive(Debug, Default)]
 struct Report {
     stages: Vec<(&'static str, Outcome, Duration)>,
+    /// What the tests said of their failures, far above.
+    failures: String,
 }
 
 impl Report {
@@ -260,6 +272,9 @@ impl Report {
     }
 
     fn print(&self) {
+        if !self.failures.is_empty() {
+            eprintln!("== what failed among the tests\n{}", self.failures);
+        }
         eprintln!("== stages");
         for (name, outcome, duration) in &self.stages {
             let outcome = match outcome {
