@@ -83,7 +83,7 @@ fn layer_named(stem: &str) -> Option<Uuid> {
     (uuid.to_string() == stem).then_some(uuid)
 }
 
-/// Layers of which there are files but no row in the layer table.
+/// Layers of which there are files but no row in the layer table, in the order of `names`.
 pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
     let named: HashSet<_> = root.layers.iter().map(|l| l.uuid).collect();
     let layer_of = |name: &String| {
@@ -92,12 +92,12 @@ pub(crate) fn unnamed_layers(root: &Root, names: &[String]) -> Vec<Uuid> {
             .or_else(|| name.strip_suffix(".data"))?;
         layer_named(stem)
     };
-    let unnamed: HashSet<_> = names
+    let mut seen = HashSet::new();
+    names
         .iter()
         .filter_map(layer_of)
-        .filter(|u| !named.contains(u))
-        .collect();
-    unnamed.into_iter().collect()
+        .filter(|layer| !named.contains(layer) && seen.insert(*layer))
+        .collect()
 }
 
 /// Whether the files of `layer`, as far as they exist, hold nothing: no word in the map, or no map and no data.

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use pcow_crash::coverage::{Cells, contradictions, table};
+use pcow_crash::coverage::{self, Cells, contradictions, table};
 use pcow_crash::errors::{Medium, Outcome, fail_all};
 use pcow_crash::explorer::{Limits, Stats};
 use pcow_crash::mutants::{Verdict, try_all};
@@ -15,7 +15,6 @@ use pcow_crash::search::{
     replay,
 };
 use pcow_crash::setting::{SCENES, Setting};
-use pcow_crash::sites::is_of_others;
 use pcow_crash::violation::{Trace, Violation};
 use pcow_format::medium::Domain;
 
@@ -177,9 +176,7 @@ fn search_short(
         let (start, before, name) = (Instant::now(), recovered.count(), setting.scene.name);
         let stats = explore_short(limits(name, long), setting, recovered)?;
         say(name, &stats, recovered.count() - before, start.elapsed());
-        // Calls of the guest and of the user are none of the format's.
-        let own = stats.cells.into_iter().filter(|(k, _)| !is_of_others(k.2));
-        own.for_each(|(key, count)| *cells.entry(key).or_default() += count);
+        coverage::add(&mut cells, stats.cells);
     }
     println!("{}", table(&cells));
     Ok(contradictions(&cells))

@@ -151,9 +151,12 @@ impl Directory for SimDirectory {
     }
 
     fn names(&self) -> io::Result<Vec<String>> {
-        // No order is promised; who takes them as they come should not meet them in the order of the alphabet alone.
+        // No order is promised. The newest file first: layers have random names, and what is done must not depend on them,
+        // so that it can be done again.
         let state = self.sim.lock();
-        Ok(self.node(&state).now.keys().rev().cloned().collect())
+        let mut names: Vec<_> = self.node(&state).now.iter().collect();
+        names.sort_by_key(|(_, inode)| std::cmp::Reverse(**inode));
+        Ok(names.into_iter().map(|(name, _)| name.clone()).collect())
     }
 
     fn open_dir(&self, name: &str) -> io::Result<Arc<dyn Directory>> {

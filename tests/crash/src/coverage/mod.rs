@@ -14,11 +14,8 @@ use std::fmt::Write;
 
 use pcow_format::medium::Domain;
 
-use crate::search::{CLOSE, Recovered, explore_short, longer, workloads};
-use crate::setting::{SCENES, Setting};
 use crate::sites::{self, is_of_others};
-use crate::violation::Violation;
-use crate::workload::{OPERATIONS, Run};
+use crate::workload::OPERATIONS;
 use gaps::{ALSO, EXCEPT, NEVER, ONLY, RARE};
 use operations::DOES;
 use steps::STEPS;
@@ -140,40 +137,10 @@ pub fn table(cells: &Cells) -> String {
     text
 }
 
-/// The cells that workloads of up to `length` operations fill, and recovery from single ones.
-///
-/// # Errors
-/// A crash broke a promise.
-pub fn observe(length: u32) -> Result<Cells, Box<Violation>> {
-    let mut cells = Cells::new();
-    for scene in SCENES.iter().filter(|s| !s.is_wide()) {
-        let setting = Setting::new(scene, None);
-        let first: Vec<_> = workloads(0).into_iter().chain(longer()).collect();
-        let groups = [first].into_iter().chain((1..=length).map(workloads));
-        // As they are numbered in the search, so that chance is the same.
-        let numbered = groups.flat_map(|g| (0..).zip(g).collect::<Vec<_>>());
-        for (seed, workload) in numbered {
-            let mut run = Run::new(&setting, seed).expect("the start of every scene opens");
-            let perform = |run: &mut Run<'_>, o| run.perform(o).expect("the format is sound");
-            if !workload.iter().all(|o| perform(&mut run, o)) {
-                continue;
-            }
-            let operation = workload.last().map_or(OPENING, |o| o.name);
-            for point in run.points() {
-                let key = (
-                    operation,
-                    medium(setting.domain()),
-                    point.moment.act().site.0,
-                );
-                *cells.entry(key).or_default() += 1;
-            }
-        }
-        let explored = explore_short(&[CLOSE], &setting, &Recovered::default())?;
-        let recoveries = explored.cells.into_iter().filter(|(k, _)| k.0 == RECOVERY);
-        recoveries.for_each(|(key, count)| *cells.entry(key).or_default() += count);
-    }
-    cells.retain(|(_, _, site), _| !is_of_others(site));
-    Ok(cells)
+/// Adds what a search has cut off. Calls of the guest and of the user are none of the format's.
+pub fn add(cells: &mut Cells, found: Cells) {
+    let own = found.into_iter().filter(|(key, _)| !is_of_others(key.2));
+    own.for_each(|(key, count)| *cells.entry(key).or_default() += count);
 }
 
 /// What the table calls it.
