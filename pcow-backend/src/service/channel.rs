@@ -166,13 +166,16 @@ impl Channel {
         self.send(&request, None, Asked::Mapped(gap))
     }
 
-    /// A run that must go before another one can come, if the budget is used up.
-    pub fn victim(&self) -> Option<Range<u64>> {
+    /// Keeps room for one more run, which the caller's order to map, or to unmap and wait, then uses. Returns the run that
+    /// must go before if the budget is used up and `may_overdraw` is not set.
+    pub fn keep_room(&self, may_overdraw: bool) -> Option<Range<u64>> {
         let mut notes = self.notes();
-        if !notes.mappings.is_full() {
-            return None;
+        let is_full = notes.mappings.is_full() && !may_overdraw;
+        let victim = is_full.then(|| notes.mappings.victim()).flatten();
+        if victim.is_none() {
+            notes.mappings.keep_room();
         }
-        notes.mappings.victim()
+        victim
     }
 
     /// Orders `bytes`, which the caller has claimed, to become trap again.
@@ -181,22 +184,24 @@ impl Channel {
     /// The session is over.
     pub fn unmap(&self, bytes: &Range<u64>) -> Result<()> {
         let mut notes = self.notes();
+        notes.mappings.remove(bytes);
         self.order_unmap(&mut notes, bytes)
     }
 
     fn order_unmap(&self, notes: &mut Notes, bytes: &Range<u64>) -> Result<()> {
-        notes.mappings.remove(bytes);
         notes.unmaps.0 += 1;
         let request = BackendRequest::Unmap(region_range(bytes));
         self.send(&request, None, Asked::Unmapped)
     }
 
-    /// As [`Channel::unmap`], and waits for the frontend's answer.
+    /// As [`Channel::unmap`], of what may be in the middle of a run (see [`Channel::keep_room`]), and waits for the frontend's
+    /// answer.
     ///
     /// # Errors
     /// The session is over.
     pub fn unmap_and_wait(&self, bytes: &Range<u64>, patience: Duration) -> Result<Unmapped> {
         let mut notes = self.notes();
+        notes.mappings.remove_part(bytes);
         self.order_unmap(&mut notes, bytes)?;
         let mine = notes.unmaps.0;
         notes.awaited.insert(mine, None);

@@ -24,6 +24,8 @@ pub struct Mappings {
     order: VecDeque<(u64, u64)>,
     clock: u64,
     max_runs: usize,
+    /// Runs that somebody is about to map, and has room for.
+    kept: usize,
 }
 
 impl Mappings {
@@ -35,6 +37,7 @@ impl Mappings {
             order: VecDeque::new(),
             clock: 0,
             max_runs: max_runs.max(1),
+            kept: 0,
         }
     }
 
@@ -56,8 +59,9 @@ impl Mappings {
         start..end
     }
 
-    /// Notes that `bytes`, unmapped so far, show `file` now; joins neighbours.
+    /// Notes that `bytes`, unmapped so far, show `file` now, in the room that was kept for them; joins neighbours.
     pub fn insert(&mut self, bytes: Range<u64>, file: FileKey) {
+        self.kept = self.kept.saturating_sub(1);
         let mut bytes = bytes;
         if let Some((start, run)) = self.runs.range(..bytes.start).next_back()
             && run.end == bytes.start
@@ -96,7 +100,20 @@ impl Mappings {
 
     /// Whether one more run needs another one to go first.
     pub fn is_full(&self) -> bool {
-        self.runs.len() >= self.max_runs
+        self.runs.len() + self.kept >= self.max_runs
+    }
+
+    /// Keeps room for a run until [`Self::insert`] or [`Self::remove_part`]: between the look at the budget and the order
+    /// to map somebody else may look.
+    pub fn keep_room(&mut self) {
+        self.kept += 1;
+    }
+
+    /// Notes that `bytes`, which may be in the middle of a run, are trap again, in the room that was kept for the second
+    /// part of it.
+    pub fn remove_part(&mut self, bytes: &Range<u64>) {
+        self.kept = self.kept.saturating_sub(1);
+        self.remove(bytes);
     }
 
     /// The run that was grown the longest time ago, which becomes the youngest.
@@ -185,10 +202,26 @@ mod tests {
     }
 
     #[test]
+    fn room_that_is_kept_is_nobody_elses() {
+        let mut m = Mappings::new(5);
+        m.keep_room();
+        assert!(!m.is_full());
+        m.keep_room();
+        assert!(m.is_full(), "two are about to map");
+        m.insert(0..5, A);
+        m.insert(10..15, A);
+        m.remove(&(0..5));
+        assert!(!m.is_full());
+        m.keep_room();
+        m.remove_part(&(12..13));
+        assert!(m.is_full(), "two parts are left");
+    }
+
+    #[test]
     fn a_part_of_a_run_can_go() {
         let mut m = Mappings::new(100);
         m.insert(0..100, A);
-        m.remove(&(40..60));
+        m.remove_part(&(40..60));
         assert_eq!(m.count(), 2);
         assert!(m.covers(39) && !m.covers(40) && !m.covers(59) && m.covers(60));
     }

@@ -164,6 +164,20 @@ impl Shared {
         let _ = self.main.shutdown(std::net::Shutdown::Both);
     }
 
+    /// Keeps room for one more run. The budget is overdrawn only if somebody is at work in every single run.
+    fn make_room_for_a_run(&self) -> Result<()> {
+        // Runs that were found busy come last, so after so many every one of them was.
+        let mut tries = self.channel.run_count();
+        while let Some(victim) = self.channel.keep_room(tries == 0) {
+            tries -= 1;
+            if let Some(_claim) = self.board.try_claim(victim.clone()) {
+                self.channel.unmap(&victim)?;
+                Counters::add(&self.counters.unmaps);
+            }
+        }
+        Ok(())
+    }
+
     fn failure(&self) -> MutexGuard<'_, Option<Error>> {
         // It is set as a whole.
         self.failure.lock().unwrap_or_else(PoisonError::into_inner)

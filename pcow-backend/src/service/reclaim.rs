@@ -110,6 +110,8 @@ fn give_back_piece(shared: &Shared, bytes: &Range<u64>) -> Result<Option<u64>> {
     let Some(_claim) = shared.board.try_claim(bytes.clone()) else {
         return Ok(None);
     };
+    // What is left of its run may be two.
+    shared.make_room_for_a_run()?;
     let unmapped = shared.channel.unmap_and_wait(bytes, PATIENCE)?;
     Counters::add(&shared.counters.unmaps);
     Ok((unmapped == Unmapped::Quiet).then(|| give_back(shared, bytes.clone())))

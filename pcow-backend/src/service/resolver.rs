@@ -18,8 +18,6 @@ use crate::connection::{chain, with_advice};
 use crate::control::events::Event;
 use crate::disk::{Access, Answer, FileKey, Scratch};
 
-/// How many runs may be found busy before the budget is overdrawn by one.
-const MAX_BUSY_VICTIMS: usize = 8;
 /// About as long as a frontend needs to move a piece of trap.
 const MOVE_PAUSE: Duration = Duration::from_micros(50);
 
@@ -122,7 +120,7 @@ impl Resolver<'_> {
 
     fn map(&mut self, bytes: &Range<u64>, file: FileKey, access: Access) -> Result<()> {
         let s = self.shared;
-        self.make_room_for_a_run()?;
+        s.make_room_for_a_run()?;
         if access == Access::Write {
             // Before the guest is woken: its next touch is another thread's, and must not be noted first.
             s.preparer.allocated(bytes);
@@ -132,20 +130,6 @@ impl Resolver<'_> {
         Counters::add(&s.counters.maps);
         self.resolved();
         self.wake_companions()
-    }
-
-    fn make_room_for_a_run(&self) -> Result<()> {
-        let s = self.shared;
-        for _ in 0..MAX_BUSY_VICTIMS {
-            let Some(victim) = s.channel.victim() else {
-                break;
-            };
-            if let Some(_claim) = s.board.try_claim(victim.clone()) {
-                s.channel.unmap(&victim)?;
-                Counters::add(&s.counters.unmaps);
-            }
-        }
-        Ok(())
     }
 
     fn copy(&mut self, bytes: &Range<u64>, scratch: &mut Scratch) -> Result<()> {
