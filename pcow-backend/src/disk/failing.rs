@@ -231,8 +231,7 @@ fn build(domain: Domain) -> (Moment, [u8; 32]) {
 fn attempt(start: &(Moment, [u8; 32]), request: &Request, plan: Option<Plan>) -> usize {
     let sim = start.0.process_death();
     let faults = Faults::default();
-    let dropping = sim.clone();
-    faults.on_failed_sync(move |name| dropping.fail_write_back(name));
+    faults.write_back_of(sim.clone());
     let image = load(&faults.around(sim.top()));
     let mut served = Served::new(image, (&sim, "img"), start.1);
     (request.before)(&mut served).unwrap();

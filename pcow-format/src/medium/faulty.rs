@@ -5,6 +5,7 @@
 //! and whether all later ones of its kind do, too. It knows no format.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -38,6 +39,18 @@ pub enum Failure {
     Error(i32),
     /// It reads, or writes, half of what it should; a write then has no space.
     Short,
+    /// It is carried out. But right before it the system wrote back what was not synced, and could not: the next sync of each
+    /// of those files says so, whatever it does itself.
+    WriteBack,
+}
+
+/// What write-back that fails does to a medium (M14).
+pub trait WriteBack: Send {
+    /// A sync of the files called `name` fails.
+    fn fail_of(&self, name: &str);
+
+    /// Nothing can be written back of what no sync has written. Returns the names of the files.
+    fn fail_of_all(&self) -> BTreeSet<String>;
 }
 
 /// Which call fails, and how.
@@ -51,8 +64,6 @@ pub struct Plan {
     pub lasting: bool,
 }
 
-type OnFailedSync = Box<dyn Fn(&str) + Send>;
-
 #[derive(Default)]
 struct Inner {
     calls: Vec<Call>,
@@ -60,7 +71,9 @@ struct Inner {
     /// The call that lasting failures are like.
     failed: Option<Call>,
     fired: bool,
-    on_failed_sync: Option<OnFailedSync>,
+    write_back: Option<Box<dyn WriteBack>>,
+    /// Files whose write-back has failed, and no sync has said so.
+    unreported: BTreeSet<String>,
 }
 
 /// What goes wrong on a medium. Clones are handles of the same.
@@ -91,9 +104,14 @@ impl Faults {
         (std::mem::take(&mut inner.calls), inner.fired)
     }
 
-    /// What a sync that fails does to the file of that name (M14).
-    pub fn on_failed_sync(&self, act: impl Fn(&str) + Send + 'static) {
-        self.lock().on_failed_sync = Some(Box::new(act));
+    /// Whose write-back fails with a sync, or by itself.
+    pub fn write_back_of(&self, medium: impl WriteBack + 'static) {
+        self.lock().write_back = Some(Box::new(medium));
+    }
+
+    /// Files whose write-back has failed, and no sync has said so.
+    pub fn unreported(&self) -> BTreeSet<String> {
+        self.lock().unreported.clone()
     }
 
     /// `directory`, with these faults.
@@ -115,6 +133,13 @@ impl Faults {
         let number = inner.calls.len();
         inner.calls.push(call.clone());
         let plan = inner.plan?;
+        if plan.failure == Failure::WriteBack {
+            if plan.number == number {
+                let failed = inner.write_back.as_ref().map(|medium| medium.fail_of_all());
+                inner.unreported = failed.unwrap_or_default();
+            }
+            return None;
+        }
         if plan.number == number {
             inner.failed = Some(call);
         } else if !plan.lasting || inner.failed.as_ref() != Some(&call) {
@@ -138,6 +163,7 @@ impl Failure {
         io::Error::from_raw_os_error(match self {
             Self::Error(code) => code,
             Self::Short => libc::ENOSPC,
+            Self::WriteBack => libc::EIO,
         })
     }
 }
@@ -233,13 +259,20 @@ struct FaultyFile {
 }
 
 impl FaultyFile {
-    /// A sync that fails leaves what it was to write for written (M14).
-    fn may_sync(&self, site: Site) -> io::Result<()> {
+    /// A sync that fails leaves what it was to write for written (M14). One after write-back that failed writes the rest.
+    fn sync(&self, site: Site, sync: impl Fn() -> io::Result<()>) -> io::Result<()> {
         self.faults.check("sync", Some(site)).inspect_err(|_| {
-            if let Some(act) = &self.faults.lock().on_failed_sync {
-                act(&self.name);
+            if let Some(medium) = &self.faults.lock().write_back {
+                medium.fail_of(&self.name);
             }
-        })
+        })?;
+        sync()?;
+        let mut inner = self.faults.lock();
+        if inner.unreported.remove(&self.name) {
+            inner.fired = true;
+            return Err(Failure::WriteBack.error());
+        }
+        Ok(())
     }
 
     /// A write that may be cut short.
@@ -355,13 +388,11 @@ impl File for FaultyFile {
     }
 
     fn sync_data(&self, site: Site) -> io::Result<()> {
-        self.may_sync(site)?;
-        self.inner.sync_data(site)
+        self.sync(site, || self.inner.sync_data(site))
     }
 
     fn sync_all(&self, site: Site) -> io::Result<()> {
-        self.may_sync(site)?;
-        self.inner.sync_all(site)
+        self.sync(site, || self.inner.sync_all(site))
     }
 
     fn domain(&self) -> io::Result<Domain> {

@@ -101,6 +101,20 @@ impl fmt::Debug for Inner {
     }
 }
 
+/// M14: what could not be written is taken for written from now on: a sync makes durable only what is written after this.
+impl super::faulty::WriteBack for Sim {
+    fn fail_of(&self, name: &str) {
+        self.lock().state.mark_clean(name);
+    }
+
+    fn fail_of_all(&self) -> BTreeSet<String> {
+        let mut inner = self.lock();
+        let names = inner.state.names_of_unwritten();
+        names.iter().for_each(|name| inner.state.mark_clean(name));
+        names
+    }
+}
+
 /// A cache line whose write-back was started and not fenced yet.
 #[derive(Debug, Clone, Copy)]
 struct WriteBack {
@@ -183,12 +197,6 @@ impl Sim {
         inner.hooks.clear();
         inner.failing.clear();
         plans
-    }
-
-    /// M14: write-back of the files called `name` fails. What they hold is taken for written from now on: a sync makes
-    /// durable only what is written after this.
-    pub fn fail_write_back(&self, name: &str) {
-        self.lock().state.mark_clean(name);
     }
 
     /// M14: memory grew short, and those pages that `chosen` says, of those that count as written and are not, were dropped

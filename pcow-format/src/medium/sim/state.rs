@@ -229,6 +229,12 @@ impl FileNode {
         held.for_each(Versions::mark_clean);
     }
 
+    /// Whether pages of it would have to be written back.
+    fn is_unwritten(&self) -> bool {
+        let mut pages = self.pages.values();
+        pages.any(|v| v.now().is_some() && !v.clean && !v.is_settled())
+    }
+
     /// M14: each page that `chosen` says, of those that count as written and are not, is read anew from the medium.
     fn evict(&mut self, chosen: &mut impl FnMut() -> bool) {
         let lost = self.pages.values_mut().filter(|v| v.clean);
@@ -325,6 +331,20 @@ impl State {
     /// Whether there is such a file or directory, named or not.
     pub(super) fn has(&self, inode: Inode) -> bool {
         self.nodes.contains_key(&inode)
+    }
+
+    /// Names of files that would have to be written back.
+    pub(super) fn names_of_unwritten(&self) -> BTreeSet<String> {
+        let is_unwritten = |inode: &Inode| match self.node(*inode) {
+            Node::File(file) => file.is_unwritten(),
+            Node::Directory(_) => false,
+        };
+        let directories = self.nodes.values().filter_map(|n| match n.as_ref() {
+            Node::Directory(d) => Some(&d.now),
+            Node::File(_) => None,
+        });
+        let names = directories.flatten().filter(|(_, i)| is_unwritten(i));
+        names.map(|(name, _)| name.clone()).collect()
     }
 
     /// Takes what the files called `name` hold for written, in whatever directories they are.

@@ -8,7 +8,7 @@ mod receiving;
 mod scenarios;
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,19 +18,25 @@ use pcow_format::medium::faulty::{Call, Failure, Faults, Plan};
 use pcow_format::{ErrorKind, FLUSH_FAILED_FILE, Image};
 
 use crate::setting::{chain_text, text};
-use pcow_format::medium::{Access, Site};
+use pcow_format::medium::{Access, Domain, Site};
 pub use scenarios::{SCENARIOS, Scenario};
 use world::Start;
 pub use world::{Medium, World};
 
 /// The ways in which a call fails.
-pub const FAILURES: [(&str, Failure); 5] = [
+pub const FAILURES: [(&str, Failure); 6] = [
     ("EIO", Failure::Error(libc::EIO)),
     ("ENOSPC", Failure::Error(libc::ENOSPC)),
     ("ENOMEM", Failure::Error(libc::ENOMEM)),
     ("EINTR", Failure::Error(libc::EINTR)),
     ("short", Failure::Short),
+    ("write-back before it", Failure::WriteBack),
 ];
+
+/// Only in the page cache does the system write back by itself, and on the machine it cannot be made to fail.
+fn can_fail(medium: Medium, failure: Failure, lasting: bool) -> bool {
+    failure != Failure::WriteBack || medium == Medium::Sim(Domain::PageCache) && !lasting
+}
 
 /// What an operation does when a call fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,6 +77,9 @@ pub fn fail_all(medium: Medium) -> Result<Cases, String> {
             }
             for (name, failure) in FAILURES {
                 for lasting in [false, true] {
+                    if !can_fail(medium, failure, lasting) {
+                        continue;
+                    }
                     let plan = Plan {
                         number,
                         failure,
@@ -120,15 +129,20 @@ fn attempt(
     if let Err(e) = &result {
         check_taken_back(&world, scenario.makes, e)?;
     }
-    check_left(&mut world, scenario, result.is_ok(), failed_flush)?;
+    let unreported = faults.unreported();
+    let failed_flush = failed_flush || world.lost_bytes(&unreported)?;
+    let again = scenario.again && result.is_err() && unreported.is_empty();
+    check_left(&mut world, scenario, again, failed_flush)?;
     Ok((calls, outcome))
 }
 
 /// An error says what could not be done, and the cause that the system gave.
 fn check_error(error: &pcow_format::Error, plan: Option<Plan>) -> Result<(), String> {
     let whole = chain_text(error);
-    let Some(Failure::Error(code)) = plan.map(|p| p.failure) else {
-        return Ok(());
+    let code = match plan.map(|p| p.failure) {
+        Some(Failure::Error(code)) => code,
+        Some(Failure::WriteBack) => libc::EIO,
+        Some(Failure::Short) | None => return Ok(()),
     };
     let cause = std::io::Error::from_raw_os_error(code).to_string();
     let cause = cause.split(" (").next().unwrap_or(&cause);
@@ -159,7 +173,7 @@ fn check_taken_back(
 fn check_left(
     world: &mut World,
     scenario: &Scenario,
-    done: bool,
+    again: bool,
     failed_flush: bool,
 ) -> Result<(), String> {
     let marked = world.marked()?;
@@ -197,12 +211,12 @@ fn check_left(
         world.accept_what_was_given_up()?;
     }
     world.check_images("afterwards")?;
-    if !done && scenario.again {
+    if again {
         world
             .reopen(scenario)
             .map_err(|e| format!("to do it again: {e}"))?;
-        let again = (scenario.run)(world);
-        again.map_err(|e| format!("done again: {}", text(e)))?;
+        let done = (scenario.run)(world);
+        done.map_err(|e| format!("done again: {}", text(e)))?;
         world.image = None;
         world.check_images("after it was done again")?;
     }
@@ -249,6 +263,21 @@ impl World {
             dir.is_ok_and(|d| d.open(FLUSH_FAILED_FILE, Access::Read).is_ok())
         });
         Ok(names)
+    }
+
+    /// Whether write-back of the open image has failed and no sync has said so yet: then the next flush does.
+    fn lost_bytes(&self, unreported: &BTreeSet<String>) -> Result<bool, String> {
+        let Some(image) = &self.image else {
+            return Ok(false);
+        };
+        let layer = image.root().active.to_string();
+        if !unreported.iter().any(|name| name.starts_with(&layer)) {
+            return Ok(false);
+        }
+        match image.flush() {
+            Ok(()) => Err("a flush says nothing of write-back that failed before".to_owned()),
+            Err(_) => Ok(true),
+        }
     }
 
     /// Removes the marks, as somebody does who has checked the medium.

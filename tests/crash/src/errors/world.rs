@@ -104,8 +104,7 @@ impl World {
             (Medium::Sim(domain), _) => {
                 let copy = start.and_then(|s| s.moment.as_ref());
                 let sim = copy.map_or_else(|| Sim::new(domain), Moment::process_death);
-                let failing = sim.clone();
-                faults.on_failed_sync(move |name| failing.fail_write_back(name));
+                faults.write_back_of(sim.clone());
                 (sim.top(), Some(Scratch::Sim(sim)))
             }
             (Medium::Real, _) => {
