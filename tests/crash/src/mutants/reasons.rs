@@ -63,6 +63,7 @@ fn hasty(site: &str) -> Option<&'static str> {
         return Some("the flush before, which failed first, has synced the mark");
     }
     let in_process = [
+        "active.ensure.write_durable",
         "active.open.",
         "active.prepare.",
         "active.word",
@@ -77,11 +78,14 @@ fn hasty(site: &str) -> Option<&'static str> {
     is_of_space(site).then_some("it only takes or gives back space")
 }
 
+/// Calls that no workload makes, nor what comes after its crash.
+const NEVER_MADE: [&str; 2] = ["create.back.rename", "repair.past_end.word"];
+
 /// Why nothing can be found wrong with `mutant`, so that it is not tried: it leaves out a call that makes nothing durable, but
-/// takes space or gives it back.
+/// takes space or gives it back, or one that is never made.
 pub(super) fn without_trial(mutant: &Mutant) -> Option<&'static str> {
     match mutant {
-        Mutant::Without(site) if is_of_space(site) => removal(site),
+        Mutant::Without(site) if is_of_space(site) || NEVER_MADE.contains(site) => removal(site),
         _ => None,
     }
 }
@@ -139,6 +143,8 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("layer.map.tag", "layer.data.sync"),
             ("layer.map.zeros", "layer.data.sync"),
             ("layer.map.sync", "layer.dir.sync"),
+            ("base.raw.sync", "base.raw.dir.sync"),
+            ("create.dir", "base.raw.sync"),
         ],
     ),
     (
@@ -150,6 +156,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("root.dir.sync", "create.part.unlink"),
             ("active.open.map_sync", "adopt.dir.sync"),
             ("adopt.dir.sync", "active.fill.write"),
+            ("adopt.dir.sync", "active.word"),
             ("active.open.map_sync", "active.flush.data"),
             ("active.open.tag_sync", "active.flush.data"),
             ("active.open.map_sync", "active.import.copy"),
@@ -230,8 +237,15 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         &[("receive.progress.dir.sync", "active.flush.data")],
     ),
     (
-        "how far a partial image is means nothing once it has the name of a whole one",
-        &[("receive.progress.dir.sync", "receive.rename")],
+        "how far a partial image is means nothing once it has the name of a whole one, or is given up",
+        &[
+            ("receive.progress.dir.sync", "receive.rename"),
+            ("receive.progress.dir.sync", "receive.gone.rename"),
+        ],
+    ),
+    (
+        "no harm before the repair is answered: see 'without open.dir.sync'",
+        &[("repair.flush_failed.unlink", "open.dir.sync")],
     ),
     (
         "no harm before an older root is put back: see 'without delete.unmark.sync'",
@@ -260,6 +274,14 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
             ("active.flush.map", "guest.store"),
             ("guest.store", "active.flush.map"),
         ],
+    ),
+    (
+        "the bytes that are written over stay what they are, and the flush is of what came in before",
+        &[("active.flush.data", "active.ensure.write_durable")],
+    ),
+    (
+        "a write that came first would be undone at once, crash or not, and before it is answered nothing promises it",
+        &[("active.ensure.write_durable", "active.overwrite")],
     ),
     (
         "of two clusters, each of which is in order",
@@ -326,6 +348,7 @@ const FREE: &[(&str, &[(&str, &str)])] = &[
         "no root names the layer any more, or yet",
         &[
             ("layer.unlink", "open.dir.sync"),
+            ("repair.flush_failed.unlink", "layer.unlink"),
             ("active.flush.data", "layer.unlink"),
             ("active.flush.map", "layer.unlink"),
             ("active.open.map_sync", "layer.unlink"),
