@@ -9,12 +9,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, IsTerminal, PipeReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::error::{Error, Result};
 
+/// After so long without a line it is looked whether the program has ended.
+const QUIET: Duration = Duration::from_millis(200);
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 25;
 
@@ -76,9 +79,12 @@ impl Log {
 }
 
 /// Runs `command` with both outputs joined, giving each line to `each`.
+///
+/// What a program has left behind may keep its output open for ever, so the end of the program counts, not that of its
+/// output.
 fn run_merged(
     command: &mut Command,
-    each: impl FnMut(&[u8]) -> io::Result<()>,
+    mut each: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<ExitStatus> {
     let (reader, writer) = io::pipe()?;
     command
@@ -89,22 +95,34 @@ fn run_merged(
     // The command holds our copies of the pipe's write end, and the end of file comes only
     // after the last of them is closed.
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    let copied = for_each_line(reader, each);
-    let status = child.wait()?;
+    let (send, lines) = mpsc::channel();
+    // Not joined: it may read for as long as anybody can write.
+    std::thread::spawn(move || send_lines(reader, &send));
+    let mut copied = Ok(());
+    let mut status = None;
+    loop {
+        match lines.recv_timeout(QUIET) {
+            Ok(line) => copied = copied.and_then(|()| each(&line?)),
+            Err(RecvTimeoutError::Timeout) if status.is_none() => status = child.try_wait()?,
+            // It had ended before the last line that there was.
+            Err(_) => break,
+        }
+    }
+    let status = status.map_or_else(|| child.wait(), Ok)?;
     copied.map(|()| status)
 }
 
-fn for_each_line(
-    reader: PipeReader,
-    mut each: impl FnMut(&[u8]) -> io::Result<()>,
-) -> io::Result<()> {
+/// Sends each line of `reader`, until nobody listens any more.
+fn send_lines(reader: PipeReader, to: &Sender<io::Result<Vec<u8>>>) {
     let mut reader = BufReader::new(reader);
-    let mut line = Vec::new();
-    while reader.read_until(b'\n', &mut line)? > 0 {
-        each(&line)?;
-        line.clear();
+    loop {
+        let mut line = Vec::new();
+        let read = reader.read_until(b'\n', &mut line);
+        let is_last = !matches!(read, Ok(1..));
+        if matches!(read, Ok(0)) || to.send(read.map(|_| line)).is_err() || is_last {
+            return;
+        }
     }
-    Ok(())
 }
 
 /// A stage that is shown while it runs.
@@ -249,7 +267,7 @@ fn tail(path: &Path) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Log, seconds};
+    use super::{Log, run_merged, seconds, succeeds};
     use std::process::Command;
     use std::time::Duration;
 
@@ -263,6 +281,20 @@ mod tests {
         assert!(error.contains("counting failed"), "{error}");
         assert!(error.contains("\n  100\n  last words\n"), "{error}");
         assert!(!error.contains("\n  50\n"), "{error}");
+    }
+
+    #[test]
+    fn what_a_program_leaves_behind_is_not_waited_for() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 1000 & echo $!; exit 3"]);
+        let mut lines = Vec::new();
+        let status = run_merged(&mut command, |line| {
+            lines.push(String::from_utf8_lossy(line).trim().to_string());
+            Ok(())
+        });
+        assert_eq!(status.unwrap().code(), Some(3));
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(succeeds(Command::new("kill").args(&lines)), "it still runs");
     }
 
     #[test]
