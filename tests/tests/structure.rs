@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Crates of the workspace and which of them each may depend on.
-const EDGES: [(&str, &[&str]); 8] = [
+const EDGES: [(&str, &[&str]); 9] = [
     ("pcow-format", &[]),
     ("pcow-protocol", &[]),
     ("pcow-img", &["pcow-format", "pcow-protocol"]),
@@ -21,6 +21,7 @@ const EDGES: [(&str, &[&str]); 8] = [
         &["pcow-format", "pcow-protocol", "pcow-img", "pcow-backend"],
     ),
     ("pcow-crash", &["pcow-format"]),
+    ("pcow-fuzz-targets", &["pcow-format", "pcow-protocol"]),
     ("xtask", &[]),
 ];
 

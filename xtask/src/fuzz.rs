@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `cargo xtask fuzz`: builds the fuzz targets with coverage by the stable compiler, and runs them one after the other.
 //!
-//! What they do is their own affair (`fuzz/`). What they find new stays under `target/`, beside what is checked in; an input that
+//! What they do is their own affair (`tests/fuzz`). What they find new stays under `target/`, beside what is checked in; an input that
 //! ends a target is kept in `fuzz/artifacts/`.
 
 use std::fs;

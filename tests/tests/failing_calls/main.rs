@@ -12,6 +12,9 @@ mod serving;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::available_parallelism;
 
 use judge::{Outcome, Whole};
 use operations::{OPERATIONS, make};
@@ -100,19 +103,29 @@ fn try_cases(choose: impl Fn(Vec<Case>) -> Vec<Case>) {
     let count = all.len();
     let chosen = choose(all);
     println!("{} cases of {count}", chosen.len());
-    let mut table = Table::default();
-    let mut wrong = Vec::new();
-    for (number, fault) in chosen {
-        let whole = &wholes[number];
-        match whole.attempt(&folder, fault) {
-            Ok(outcome) => table.note(number, outcome),
-            Err(e) => {
-                let text = format!("{}: {}: {e}", whole.operation.line, describe(fault));
-                eprintln!("{text}");
-                wrong.push(text);
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new((Table::default(), Vec::new()));
+    // Whoever starts a process traces it: each thread has its own.
+    let work = || {
+        while let Some((number, fault)) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let whole = &wholes[*number];
+            let outcome = whole.attempt(&folder, *fault);
+            let (table, wrong) = &mut *results.lock().unwrap();
+            match outcome {
+                Ok(outcome) => table.note(*number, outcome),
+                Err(e) => {
+                    let text = format!("{}: {}: {e}", whole.operation.line, describe(*fault));
+                    eprintln!("{text}");
+                    wrong.push(text);
+                }
             }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        let threads = available_parallelism().map_or(1, usize::from);
+        (0..threads).for_each(|_| drop(scope.spawn(work)));
+    });
+    let (table, wrong) = results.into_inner().unwrap();
     table.print(&wholes);
     assert!(
         wrong.is_empty(),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Makes the first inputs of all targets, `corpus/*/`, out of real images, streams and messages:
-//! `cargo run --manifest-path fuzz/Cargo.toml --example seeds`. Only for a format that has changed.
+//! Makes the first inputs of all targets, `fuzz/corpus/*/`, out of real images, streams and messages:
+//! `cargo run --package pcow-fuzz-targets --example seeds`. Only for a format that has changed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ const REGION_BYTES: u64 = 64 << 20;
 
 fn put(target: &str, name: &str, bytes: &[u8]) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("corpus")
+        .join("../../fuzz/corpus")
         .join(target);
     fs::create_dir_all(&dir).expect("a directory");
     fs::write(dir.join(name), bytes).expect("a seed is written");
@@ -43,7 +43,7 @@ fn directory(name: &str, path: &Path) {
 }
 
 fn images(dir: &Path) -> PathBuf {
-    let vm = pcow_fuzz::image(dir);
+    let vm = pcow_fuzz_targets::support::image(dir);
     directory("snapshots", &vm);
     put("map_file", "data", &[&[3], map(&vm).as_slice()].concat());
     let raw = dir.join("raw");
@@ -93,7 +93,7 @@ fn streams(vm: &Path) {
 }
 
 fn control() {
-    let requests = include_str!("../../docs/control.md").lines();
+    let requests = include_str!("../../../docs/control.md").lines();
     let requests = requests.filter_map(|l| l.strip_prefix("-> "));
     put(
         "control",
@@ -204,7 +204,7 @@ fn protocol() {
 }
 
 fn main() {
-    let dir = pcow_fuzz::scratch();
+    let dir = pcow_fuzz_targets::support::scratch();
     streams(&images(dir.path()));
     control();
     protocol();
