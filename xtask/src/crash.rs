@@ -2,7 +2,7 @@
 //! `cargo xtask crash`: builds the search for crashes that break a promise, optimised, and runs it.
 //!
 //! What is searched and how is its own affair (`tests/crash`). With `--errors` the calls below the format's seam fail, too:
-//! those that `pcow-img` makes to the kernel (`tests/tests/failing_calls`).
+//! those that `pcow-img` and a backend that serves make to the kernel (`tests/tests/failing_calls`).
 
 use crate::error::{Error, Result};
 use crate::run;
@@ -29,9 +29,11 @@ pub fn command(arguments: &Arguments) -> Result<()> {
 }
 
 fn fail_system_calls() -> Result<()> {
-    let mut build = run::cargo(&["build", "--release", "--package", "pcow-img"]);
+    let mut build = run::cargo(&["build", "--release", "--bins"]);
     let mut all = run::cargo(&["test", "--release", "--package", "pcow-tests"]);
     all.args(["--test", "failing_calls", "--", "--ignored", "--nocapture"]);
+    // Each of them uses all processors.
+    all.arg("--test-threads=1");
     for command in [&mut build, &mut all] {
         if !run::shown(command)? {
             return Err(Error::Failed("see above".into()));

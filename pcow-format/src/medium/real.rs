@@ -158,7 +158,10 @@ impl Directory for RealDirectory {
 
     fn create_dir(&self, _: Site, name: &str) -> io::Result<Arc<dyn Directory>> {
         rustix::fs::mkdirat(&self.fd, name, Mode::RWXU | Mode::RWXG | Mode::RWXO)?;
-        self.open_dir(name)
+        self.open_dir(name).inspect_err(|_| {
+            // Best effort: it is empty, and nobody knows of it.
+            let _ = rustix::fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR);
+        })
     }
 
     fn rename_dir(&self, _: Site, from: &str, to: &str) -> io::Result<()> {
