@@ -94,14 +94,14 @@ pub fn run(command: &mut Command, folder: &Path, fault: Option<Fault>) -> Traced
 pub struct Running {
     process: Pid,
     seen: Arc<Mutex<Seen>>,
-    /// Who traces must be who has started it.
-    thread: JoinHandle<ExitStatus>,
+    /// Who traces must be who has started it. `None` once it was waited for.
+    thread: Option<JoinHandle<ExitStatus>>,
 }
 
 impl Running {
-    /// Starts `command`, of whose calls those on files below `folder` count.
-    pub fn start(mut command: Command, folder: &Path) -> Self {
-        let seen = Arc::new(Mutex::new(Seen::default()));
+    /// Starts `command`, of whose calls those on files below `folder` count, and fail as `fault` says.
+    pub fn start(mut command: Command, folder: &Path, fault: Option<Fault>) -> Self {
+        let seen = Arc::new(Mutex::new(Seen::new(fault)));
         let (folder, shared) = (folder.to_owned(), Arc::clone(&seen));
         let (tell, told) = channel();
         let thread = std::thread::spawn(move || {
@@ -112,33 +112,34 @@ impl Running {
         Self {
             process: told.recv().unwrap(),
             seen,
-            thread,
+            thread: Some(thread),
         }
     }
 
-    /// Lists calls from now on, and lets them fail as `fault` says.
-    pub fn begin(&self, fault: Option<Fault>) {
-        *lock(&self.seen) = Seen::new(fault);
-    }
-
-    /// Lets no call fail from now on; returns the calls since the beginning, and those that failed.
-    pub fn end(&self) -> (Vec<Call>, Vec<Call>) {
-        let seen = std::mem::take(&mut *lock(&self.seen));
-        (seen.calls, seen.failed)
+    /// Lets no call fail from now on.
+    pub fn relent(&self) {
+        lock(&self.seen).fault = None;
     }
 
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Asks it to end, and waits for that.
-    pub fn terminate(&self) {
+    /// Asks it to end if it has not, and waits for that.
+    pub fn terminate(mut self) -> Traced {
         if !self.has_ended() {
             // It may end by itself at this moment.
             let _ = kill(self.process, Signal::SIGTERM);
         }
         wait_until("the process ends", PATIENCE, || self.has_ended());
+        let status = self.thread.take().unwrap().join().unwrap();
+        let Seen { calls, failed, .. } = std::mem::take(&mut *lock(&self.seen));
+        Traced {
+            calls,
+            failed,
+            status,
+        }
     }
 }
 

@@ -222,7 +222,7 @@ fn ended_well(operation: &Operation, run: &Run) -> bool {
 }
 
 /// What every program meets on a machine that works: a call that did less than it was asked for, and one interruption.
-fn must_be_survived(fault: Fault) -> bool {
+pub fn must_be_survived(fault: Fault) -> bool {
     let interrupted = fault.failure == Failure::Error(libc::EINTR);
     let may_be_interrupted = [
         "read",

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A backend that serves an image while one of its system calls on the image's files fails, once or for ever.
+//! A backend one of whose system calls on the image's files fails, once or for ever, or is its last: while it starts, while it
+//! serves, or while it ends.
 //!
-//! The guest goes on, or waits until nothing fails any more. It never loads another byte than it stored; a flush that failed
-//! stays failed; and what was stored is there afterwards.
+//! It does not start, and says why; or the guest goes on, or waits until nothing fails any more or another backend is there. It
+//! never loads another byte than it stored; a flush that failed stays failed; and what was stored is there afterwards.
 
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
@@ -17,10 +19,10 @@ use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::memory::Memory;
 use pcow_tests::program;
 use pcow_tests::scratch::Scratch;
-use pcow_tests::tracer::{Call, Fault, Running};
-use pcow_tests::waiting::wait_until;
+use pcow_tests::tracer::{Call, Failure, Fault, Running, Traced};
 use serde_json::json;
 
+use crate::judge::must_be_survived;
 use crate::world::{call, copy_to};
 
 /// Longer than anything here takes on a slow machine; only a hang reaches it.
@@ -31,16 +33,21 @@ const CLUSTER: usize = 64 << 10;
 /// Where the guest stores in each cluster.
 const PLACE: usize = 4096;
 
-/// What a session was like.
-pub struct Session {
-    /// All calls of the backend.
-    pub calls: Vec<Call>,
-    /// Whether the fault came to pass.
-    pub failed: bool,
-    /// Whether the guest waited for its end.
-    pub waited: bool,
-    /// Whether something was refused.
-    pub refused: bool,
+/// What came of a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// The call did not come.
+    Missed,
+    /// The backend did not start.
+    NotStarted,
+    /// It was killed, and another one went on.
+    Killed,
+    /// The guest waited until nothing failed any more.
+    Waited,
+    /// A flush or the snapshot was refused.
+    Refused,
+    /// Nobody noticed, or only who reads the log.
+    Tolerated,
 }
 
 /// What the guest, and who asks the backend for it, got.
@@ -51,30 +58,36 @@ struct Done {
     went_well: [bool; 3],
 }
 
-/// A backend with its log.
+/// A backend with its log, and its successors.
 struct Served {
     scratch: Scratch,
+    folder: PathBuf,
     image: PathBuf,
+    fault: Option<Fault>,
     backend: Running,
+    /// Those before it.
+    dead: Vec<Traced>,
+    started: Instant,
+    /// Whether the fault was ended because somebody waited.
+    relented: bool,
 }
 
 impl Served {
-    fn start(start: &Path) -> Self {
+    fn start(start: &Path, fault: Option<Fault>) -> Self {
         let scratch = Scratch::new();
         let images = scratch.path("images");
         copy_to(start, &images);
         let folder = images.canonicalize().unwrap();
-        let image = folder.join("vm");
-        let mut command = Command::new(program("pcow-backend"));
-        command.arg("--socket").arg(scratch.path("socket"));
-        command.arg("--image").arg(&image);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(File::create(scratch.path("log")).unwrap());
-        let backend = Running::start(command, &folder);
+        let backend = start_backend(&scratch, &folder, fault);
         Self {
             scratch,
-            image,
+            image: folder.join("vm"),
+            folder,
+            fault,
             backend,
+            dead: Vec::new(),
+            started: Instant::now(),
+            relented: false,
         }
     }
 
@@ -82,29 +95,65 @@ impl Served {
         fs::read_to_string(self.scratch.path("log")).unwrap()
     }
 
-    fn connect(&self) -> Frontend {
-        let mut frontend = None;
-        wait_until("the backend listens", PATIENCE, || {
-            assert!(!self.backend.has_ended(), "{}", self.log());
-            let socket = self.scratch.path("socket");
-            frontend = Frontend::connect(&socket, &FrontendOptions::default()).ok();
-            frontend.is_some()
-        });
-        frontend.unwrap()
+    /// Somebody waits: starts another backend after one that was killed; lets nothing fail any more after a while.
+    fn help(&mut self) {
+        let killed = self.fault.is_some_and(|f| f.failure == Failure::Kill);
+        if killed && self.backend.has_ended() {
+            let next = start_backend(&self.scratch, &self.folder, None);
+            let dead = std::mem::replace(&mut self.backend, next);
+            self.dead.push(dead.terminate());
+        }
+        let lasts = self.fault.is_some_and(|f| f.lasting);
+        if lasts && !self.relented && self.started.elapsed() > ENDURANCE {
+            self.backend.relent();
+            self.relented = true;
+        }
+        assert!(
+            self.started.elapsed() < PATIENCE,
+            "somebody waits for ever: {}",
+            self.log()
+        );
+        std::thread::sleep(Duration::from_millis(2));
     }
 
-    /// What `@snapshot`, or the disk, shows now; `None` without such a snapshot.
-    fn shown(&self, snapshot: Option<&str>) -> Option<Vec<u8>> {
-        let stored = Stored::open(&self.image, &[]).unwrap();
-        let layer = match snapshot {
-            Some(name) => stored.root().snapshot(name).ok()?.layer,
-            None => stored.root().active,
-        };
-        let view = stored.view(layer).unwrap();
-        let mut bytes = vec![0; usize::try_from(view.size()).unwrap()];
-        view.read(0, &mut bytes).unwrap();
-        Some(bytes)
+    /// `None` if the backend does not start.
+    fn connect(&mut self) -> Option<Frontend> {
+        let socket = self.scratch.path("socket");
+        loop {
+            let connected = Frontend::connect(&socket, &FrontendOptions::default());
+            if let Ok(frontend) = connected {
+                return Some(frontend);
+            }
+            if self.fault.is_none_or(|f| f.failure != Failure::Kill) && self.backend.has_ended() {
+                return None;
+            }
+            self.help();
+        }
     }
+}
+
+fn start_backend(scratch: &Scratch, folder: &Path, fault: Option<Fault>) -> Running {
+    let mut command = Command::new(program("pcow-backend"));
+    command.arg("--socket").arg(scratch.path("socket"));
+    command.arg("--image").arg(folder.join("vm"));
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut log = File::options();
+    let log = log.create(true).append(true).open(scratch.path("log"));
+    command.stderr(log.unwrap());
+    Running::start(command, folder, fault)
+}
+
+/// What `@snapshot`, or the disk, of `image` shows now; `None` without such a snapshot.
+fn shown(image: &Path, snapshot: Option<&str>) -> Option<Vec<u8>> {
+    let stored = Stored::open(image, &[]).unwrap();
+    let layer = match snapshot {
+        Some(name) => stored.root().snapshot(name).ok()?.layer,
+        None => stored.root().active,
+    };
+    let view = stored.view(layer).unwrap();
+    let mut bytes = vec![0; usize::try_from(view.size()).unwrap()];
+    view.read(0, &mut bytes).unwrap();
+    Some(bytes)
 }
 
 /// Touches every cluster, takes a snapshot, and touches them again; in a thread, since it may wait.
@@ -146,71 +195,125 @@ fn touch(memory: &Memory, disk: &mut [u8], round: u64) {
     }
 }
 
-/// Serves a copy of the image `vm` in `start` while `fault` comes to pass, and looks at what is left.
-pub fn serve(start: &Path, fault: Option<Fault>) -> Session {
-    let served = Served::start(start);
-    let frontend = served.connect();
-    let disk = served.shown(None).unwrap();
-    served.backend.begin(fault);
-    let script = script(served.image.clone(), frontend, disk);
-    let deadline = Instant::now() + ENDURANCE;
-    let lasting = fault.is_some_and(|fault| fault.lasting);
-    while !script.is_finished() && (!lasting || Instant::now() < deadline) {
-        std::thread::sleep(Duration::from_millis(2));
-        let hangs = Instant::now() > deadline + PATIENCE;
-        assert!(!hangs, "the guest waits for ever: {}", served.log());
-    }
-    let waited = !script.is_finished();
-    let (calls, failed) = served.backend.end();
-    wait_until("the guest goes on", PATIENCE, || script.is_finished());
-    let done = script.join().unwrap();
-    assert!(!served.backend.has_ended(), "{}", served.log());
-    served.backend.terminate();
-    judge(&served, &done);
-    Session {
-        calls,
-        failed: !failed.is_empty(),
-        waited,
-        refused: done.went_well.contains(&false),
+/// Serves a copy of the image `vm` in `start` while `fault` comes to pass, and looks at what is left. Returns the calls, too.
+pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
+    let at_first = shown(&start.join("vm"), None).unwrap();
+    let mut served = Served::start(start, fault);
+    let done = served.connect().map(|frontend| {
+        let script = script(served.image.clone(), frontend, at_first.clone());
+        while !script.is_finished() {
+            served.help();
+        }
+        script.join().unwrap()
+    });
+    let Served {
+        scratch,
+        image,
+        backend,
+        mut dead,
+        relented,
+        ..
+    } = served;
+    dead.push(backend.terminate());
+    let log = fs::read_to_string(scratch.path("log")).unwrap();
+    judge_ends(&dead, fault, &log);
+    judge_image(&image, &at_first, done.as_ref(), fault, &log);
+    let failed = dead.iter().any(|traced| !traced.failed.is_empty());
+    let killed = dead.iter().any(|traced| traced.status.signal().is_some());
+    let outcome = match &done {
+        _ if !failed => Outcome::Missed,
+        None => Outcome::NotStarted,
+        Some(_) if killed => Outcome::Killed,
+        Some(done) if done.went_well.contains(&false) => Outcome::Refused,
+        Some(_) if relented => Outcome::Waited,
+        Some(_) => Outcome::Tolerated,
+    };
+    assert!(
+        outcome != Outcome::NotStarted || !fault.is_some_and(must_be_survived),
+        "does not start: {log}"
+    );
+    let calls = dead.into_iter().flat_map(|traced| traced.calls);
+    (calls.collect(), outcome)
+}
+
+/// A backend ends by itself if it cannot start, and when it is asked to; one whose last flush failed, or that could not start,
+/// says why.
+fn judge_ends(ends: &[Traced], fault: Option<Fault>, log: &str) {
+    assert!(!log.contains("panicked"), "{log}");
+    for traced in ends {
+        let killed = fault.is_some_and(|f| f.failure == Failure::Kill);
+        if killed && traced.status.signal().is_some() {
+            continue;
+        }
+        let code = traced.status.code();
+        let failed = !traced.failed.is_empty();
+        assert!(
+            code == Some(0) || code == Some(1) && failed,
+            "{}: {log}",
+            traced.status
+        );
+        if let (Some(1), Some(Failure::Error(number))) = (code, fault.map(|f| f.failure)) {
+            let cause = format!("(os error {number})");
+            assert!(log.contains(&cause), "does not say why: {log}");
+        }
     }
 }
 
-fn judge(served: &Served, done: &Done) {
-    let log = served.log();
-    assert!(!log.contains("panicked"), "{log}");
-    let marked = served.image.join(FLUSH_FAILED_FILE).exists();
-    let [first, taken, second] = done.went_well;
+fn judge_image(
+    image: &Path,
+    at_first: &[u8],
+    done: Option<&Done>,
+    fault: Option<Fault>,
+    log: &str,
+) {
+    let marked = image.join(FLUSH_FAILED_FILE).exists();
+    if marked {
+        call(image, "check --repair .");
+    }
+    let now = shown(image, None).unwrap();
+    match done {
+        None => assert!(now == at_first, "disk: {log}"),
+        Some(done) => {
+            let killed = fault.is_some_and(|f| f.failure == Failure::Kill);
+            judge_flushes(done, marked, killed, log);
+            judge_disks(image, &now, done, marked, log);
+        }
+    }
+    let stored = Stored::open(image, &[]).unwrap();
+    let report = pcow_format::check::check(&stored).unwrap();
+    let found = [report.corruptions, report.unchecked].concat();
+    assert!(found.is_empty(), "{found:?}: {log}");
+}
+
+/// A flush that failed stays failed, and somebody is told (I7).
+fn judge_flushes(done: &Done, marked: bool, killed: bool, log: &str) {
+    let [first, _, second] = done.went_well;
     assert!(
-        first || !second || !marked,
+        first || !second || killed,
         "a flush succeeds after one that failed: {log}"
     );
+    // The last one comes when the guest is gone.
     assert!(
-        !marked || !second,
+        !marked || !second || log.contains("flush"),
         "a flush failed, and nobody was told: {log}"
     );
-    if marked {
-        call(&served.image, "check --repair .");
-    }
-    let shown = served.shown(Some("taken"));
+}
+
+fn judge_disks(image: &Path, now: &[u8], done: &Done, marked: bool, log: &str) {
+    let taken = shown(image, Some("taken"));
     assert!(
-        shown.is_some() || !taken,
+        taken.is_some() || !done.went_well[1],
         "the snapshot is not there: {log}"
     );
     let [at_first, before, disk] = &done.disks;
     assert!(
-        shown.is_none_or(|shown| shown == *before),
+        taken.is_none_or(|taken| taken == *before),
         "snapshot: {log}"
     );
-    let shown = served.shown(None).unwrap();
     // What a failed flush was to write may be what it was (M14).
-    let mut each = (0..shown.len()).step_by(CLUSTER).map(|at| at..at + CLUSTER);
-    let is_older = |at: Range<usize>| {
-        shown[at.clone()] == before[at.clone()] || shown[at.clone()] == at_first[at]
-    };
-    let right = each.all(|at| shown[at.clone()] == disk[at.clone()] || marked && is_older(at));
+    let mut each = (0..now.len()).step_by(CLUSTER).map(|at| at..at + CLUSTER);
+    let is_older =
+        |at: Range<usize>| now[at.clone()] == before[at.clone()] || now[at.clone()] == at_first[at];
+    let right = each.all(|at| now[at.clone()] == disk[at.clone()] || marked && is_older(at));
     assert!(right, "disk: {log}");
-    let stored = Stored::open(&served.image, &[]).unwrap();
-    let report = pcow_format::check::check(&stored).unwrap();
-    let found = [report.corruptions, report.unchecked].concat();
-    assert!(found.is_empty(), "{found:?}: {log}");
 }

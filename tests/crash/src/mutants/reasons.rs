@@ -125,8 +125,8 @@ const NEW_FILES: [&str; 6] = [
     "receive.progress.create",
 ];
 
-/// Swaps whose order is free: why, and the first and the second call. Each pair is written out: a pair that is not was looked
-/// at by nobody.
+/// Swaps whose order is free, but those of a kind that always is ([`by_kind`], [`NEW_FILES`]): why, and the first and the second
+/// call. Each pair is written out: a pair that is not was looked at by nobody.
 const FREE: &[(&str, &[(&str, &str)])] = &[
     (
         "the root's rename needs both, and comes after both (I4)",
