@@ -38,7 +38,7 @@ use Names::{At, Descriptor, Path as Named};
 /// A system call, its name, and what its arguments mean. `close` is not there: it never leaves the descriptor open
 /// (close(2)), so that one that is not carried out shows a kernel that does not exist.
 #[rustfmt::skip]
-const KNOWN: [(c_long, &str, Names, Amount); 54] = [
+const KNOWN: [(c_long, &str, Names, Amount); 58] = [
     (libc::SYS_read, "read", Descriptor(0), Argument(2)),
     (libc::SYS_pread64, "pread64", Descriptor(0), Argument(2)),
     (libc::SYS_readv, "readv", Descriptor(0), Pieces),
@@ -63,6 +63,10 @@ const KNOWN: [(c_long, &str, Names, Amount); 54] = [
     (libc::SYS_flock, "flock", Descriptor(0), Amount::None),
     (libc::SYS_ioctl, "ioctl", Descriptor(0), Amount::None),
     (libc::SYS_mmap, "mmap", Descriptor(4), Amount::None),
+    (libc::SYS_sendmsg, "sendmsg", Descriptor(0), Amount::None),
+    (libc::SYS_recvmsg, "recvmsg", Descriptor(0), Amount::None),
+    (libc::SYS_sendto, "sendto", Descriptor(0), Amount::None),
+    (libc::SYS_recvfrom, "recvfrom", Descriptor(0), Amount::None),
     (libc::SYS_fstat, "fstat", Descriptor(0), Amount::None),
     (libc::SYS_fstatfs, "fstatfs", Descriptor(0), Amount::None),
     (libc::SYS_getdents64, "getdents64", Descriptor(0), Amount::None),
@@ -137,13 +141,22 @@ impl Entered {
         })
     }
 
-    /// What it is, if its file is below `folder`.
+    /// What it is, if its file is below `folder`, or a socket or a userfaultfd.
     pub(super) fn call(&self, folder: &Path) -> Option<Call> {
         let file = self.file()?;
+        let is = |kind| file.to_string_lossy().starts_with(kind);
+        let (file, amount) = if is("anon_inode:[userfaultfd]") {
+            // An event is never read in part.
+            (Path::new("userfaultfd"), 0)
+        } else if is("socket:[") {
+            (Path::new("socket"), self.amount())
+        } else {
+            (file.strip_prefix(folder).ok()?, self.amount())
+        };
         Some(Call {
             name: self.known.1,
-            file: file.strip_prefix(folder).ok()?.to_owned(),
-            amount: self.amount(),
+            file: file.to_owned(),
+            amount,
         })
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A backend one of whose system calls on the image's files fails, once or for ever, or is its last: while it starts, while it
+//! A backend one of whose system calls on the image's files, on its sockets or on the userfaultfd fails, once or for ever, or is its last: while it starts, while it
 //! serves, or while it ends.
 //!
 //! It does not start, and says why; or the guest goes on, or waits until nothing fails any more or another backend is there. It
@@ -54,8 +54,8 @@ pub enum Outcome {
 struct Done {
     /// The disk at the beginning, when the snapshot was asked for, and at the end.
     disks: [Vec<u8>; 3],
-    /// Flush, snapshot, flush.
-    went_well: [bool; 3],
+    /// Flush, snapshot, flush, deletion of a snapshot.
+    went_well: [bool; 4],
 }
 
 /// A backend with its log, and its successors.
@@ -156,7 +156,7 @@ fn shown(image: &Path, snapshot: Option<&str>) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Touches every cluster, takes a snapshot, and touches them again; in a thread, since it may wait.
+/// Touches every cluster, takes a snapshot, touches them again, and deletes another one; in a thread, since it may wait.
 fn script(image: PathBuf, frontend: Frontend, mut disk: Vec<u8>) -> JoinHandle<Done> {
     std::thread::spawn(move || {
         let memory = Memory::new(frontend.region());
@@ -164,19 +164,22 @@ fn script(image: PathBuf, frontend: Frontend, mut disk: Vec<u8>) -> JoinHandle<D
         touch(&memory, &mut disk, 1);
         let first = frontend.flush().is_ok();
         let before = disk.clone();
-        let client = Client::connect(&image, None).ok().flatten();
-        let taken = client.is_some_and(|mut client| {
-            let arguments = json!({ "name": "taken" });
-            let taken = client.execute("snapshot-create", arguments, PATIENCE);
-            taken.is_ok()
-        });
+        let taken = ask(&image, "snapshot-create", json!({ "name": "taken" }));
         touch(&memory, &mut disk, 2);
         let second = frontend.flush().is_ok();
+        let deleted = ask(&image, "snapshot-delete", json!({ "snapshot": "first" }));
+        touch(&memory, &mut disk, 3);
         Done {
             disks: [at_first, before, disk],
-            went_well: [first, taken, second],
+            went_well: [first, taken, second, deleted],
         }
     })
+}
+
+/// Whether the backend did it.
+fn ask(image: &Path, command: &str, arguments: serde_json::Value) -> bool {
+    let client = Client::connect(image, None).ok().flatten();
+    client.is_some_and(|mut client| client.execute(command, arguments, PATIENCE).is_ok())
 }
 
 /// Loads and compares a word of each cluster, stores another one into every second, and loads that.
@@ -219,12 +222,14 @@ pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
     judge_ends(&dead, fault, &log);
     judge_image(&image, &at_first, done.as_ref(), fault, &log);
     let failed = dead.iter().any(|traced| !traced.failed.is_empty());
+    let all_went_well = done.as_ref().is_some_and(|d| d.went_well == [true; 4]);
+    assert!(failed || all_went_well, "fails by itself: {log}");
     let killed = dead.iter().any(|traced| traced.status.signal().is_some());
     let outcome = match &done {
         _ if !failed => Outcome::Missed,
         None => Outcome::NotStarted,
         Some(_) if killed => Outcome::Killed,
-        Some(done) if done.went_well.contains(&false) => Outcome::Refused,
+        Some(_) if !all_went_well => Outcome::Refused,
         Some(_) if relented => Outcome::Waited,
         Some(_) => Outcome::Tolerated,
     };
@@ -287,7 +292,7 @@ fn judge_image(
 
 /// A flush that failed stays failed, and somebody is told (I7).
 fn judge_flushes(done: &Done, marked: bool, killed: bool, log: &str) {
-    let [first, _, second] = done.went_well;
+    let [first, _, second, _] = done.went_well;
     assert!(
         first || !second || killed,
         "a flush succeeds after one that failed: {log}"
