@@ -102,7 +102,7 @@ pub trait Directory: Debug + Send + Sync {
     fn names(&self) -> io::Result<Vec<String>>;
     /// Opens a subdirectory; never follows a symbolic link.
     fn open_dir(&self, name: &str) -> io::Result<Arc<dyn Directory>>;
-    /// Creates a subdirectory that must not exist and opens it; if that fails, there is none.
+    /// Creates a subdirectory that must not exist and opens it. One that cannot be opened is removed, if that succeeds.
     fn create_dir(&self, site: Site, name: &str) -> io::Result<Arc<dyn Directory>>;
     /// Renames a subdirectory; fails with `EEXIST` if `to` exists.
     fn rename_dir(&self, site: Site, from: &str, to: &str) -> io::Result<()>;

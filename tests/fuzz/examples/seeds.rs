@@ -119,8 +119,8 @@ fn frames(side: u8, name: &str, frames: &[(u8, Frame)]) {
     put("frames", name, &seed);
 }
 
-fn protocol() {
-    use {BackendRequest as B, FrontendCode as C, FrontendReply as A, FrontendRequest as F};
+fn frontend_requests() {
+    use FrontendRequest as F;
     let fault_fd = FaultFd {
         base: 1 << 32,
         size: REGION_BYTES,
@@ -147,6 +147,10 @@ fn protocol() {
         "frontend",
         &requests.map(|(fds, r, asks)| (fds, r.encode(asks))),
     );
+}
+
+fn backend_requests() {
+    use BackendRequest as B;
     let range = RegionRange {
         offset: 0,
         len: 65536,
@@ -188,6 +192,10 @@ fn protocol() {
         "backend",
         &requests.map(|(fds, r)| (fds, r.encode(true))),
     );
+}
+
+fn replies() {
+    use {FrontendCode as C, FrontendReply as A};
     let region = Region {
         size: REGION_BYTES,
         alignment: 2 << 20,
@@ -207,7 +215,9 @@ fn main() {
     let dir = pcow_fuzz_targets::support::scratch();
     streams(&images(dir.path()));
     control();
-    protocol();
+    frontend_requests();
+    backend_requests();
+    replies();
     let program: Vec<u8> = (0..40_u8)
         .flat_map(|o| [o, 0, 0, o.wrapping_mul(7), 9, 1, 2, 0, 3])
         .collect();
