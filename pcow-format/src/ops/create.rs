@@ -227,8 +227,17 @@ pub(super) fn discard_part(
     dir: &dyn Directory,
     part: &str,
 ) -> std::io::Result<()> {
-    for name in dir.names()? {
-        dir.unlink(Site("create.part.unlink"), &name)?;
+    discard_files(parent, dir, (part, &dir.names()?))
+}
+
+/// The same, of which the files are known.
+pub(super) fn discard_files(
+    parent: &dyn Directory,
+    dir: &dyn Directory,
+    (part, files): (&str, &[String]),
+) -> std::io::Result<()> {
+    for name in files {
+        dir.unlink(Site("create.part.unlink"), name)?;
     }
     parent.remove_dir(Site("create.part.rmdir"), part)
 }

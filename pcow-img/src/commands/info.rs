@@ -261,7 +261,7 @@ impl ImageInfo {
     fn new(stored: &Stored, path: &Path) -> pcow_format::Result<Self> {
         let root = stored.root();
         let active = root.active_layer()?;
-        let bases = bases(stored)?;
+        let (bases, not_known) = bases(stored)?;
         let outside = bases.iter().find(|b| b.usage == BaseUsage::Referenced);
         let layers: Vec<_> = root
             .layers
@@ -272,6 +272,10 @@ impl ImageInfo {
         let domain = stored.domain();
         let mut problems = problems(stored);
         problems.extend(domain.as_ref().err().and_then(unknown_domain));
+        // What keeps the chain from being opened may keep the bases from being known as well.
+        let new = |what: &String| !problems.contains(what);
+        let not_known: Vec<_> = not_known.into_iter().filter(new).collect();
+        problems.extend(not_known);
         let domain = domain.ok();
         Ok(Self {
             filename: path.to_owned(),
@@ -344,12 +348,17 @@ fn hindrance(stored: &Stored) -> Option<String> {
     Some(format!("{file} {}{advice}", hindrance.reason()))
 }
 
-/// The bases of the active layer: neighbouring layers of one origin make one.
-fn bases(stored: &Stored) -> pcow_format::Result<Vec<BaseInfo>> {
-    let mut bases: Vec<BaseInfo> = Vec::new();
+/// The bases of the active layer: neighbouring layers of one origin make one. Also why others are not known.
+fn bases(stored: &Stored) -> pcow_format::Result<(Vec<BaseInfo>, Vec<String>)> {
+    let (mut bases, mut not_known): (Vec<BaseInfo>, _) = (Vec::new(), Vec::new());
     for layer in stored.root().chain(stored.root().active)? {
-        let Some(base) = base_of(stored, layer) else {
-            continue;
+        let base = match base_of(stored, layer) {
+            Ok(Some(base)) => base,
+            Ok(None) => continue,
+            Err(e) => {
+                not_known.push(with_advice(&e));
+                continue;
+            }
         };
         let place = |b: &BaseInfo| (b.usage, b.filename.clone(), b.image);
         match bases.last_mut() {
@@ -357,28 +366,33 @@ fn bases(stored: &Stored) -> pcow_format::Result<Vec<BaseInfo>> {
             _ => bases.push(base),
         }
     }
-    Ok(bases)
+    Ok((bases, not_known))
 }
 
 /// The base that `layer` comes from; `None` for what was made in this image.
-fn base_of(stored: &Stored, layer: &root::Layer) -> Option<BaseInfo> {
-    let image = stored.origin(layer).ok().flatten();
-    let base = |format, usage, filename| BaseInfo {
+fn base_of(stored: &Stored, layer: &root::Layer) -> pcow_format::Result<Option<BaseInfo>> {
+    let base = |format, usage, filename, image| BaseInfo {
         format,
         usage,
         filename,
         image,
         layers: 1,
     };
-    match &layer.kind {
-        Kind::Own if image.is_none_or(|i| i == stored.root().uuid) => None,
-        Kind::Own => Some(base("pcow", BaseUsage::Adopted, None)),
+    Ok(match &layer.kind {
+        Kind::Own => {
+            let image = stored.origin(layer)?;
+            let adopted = image.is_some_and(|i| i != stored.root().uuid);
+            adopted.then(|| base("pcow", BaseUsage::Adopted, None, image))
+        }
         Kind::Reference { directory } => {
             let directory = Some(directory.clone());
-            Some(base("pcow", BaseUsage::Referenced, directory))
+            Some(base("pcow", BaseUsage::Referenced, directory, None))
         }
-        Kind::Raw { path, .. } => Some(base("raw", BaseUsage::Referenced, Some(path.clone()))),
-    }
+        Kind::Raw { path, .. } => {
+            let path = Some(path.clone());
+            Some(base("raw", BaseUsage::Referenced, path, None))
+        }
+    })
 }
 
 /// What the persistence domain means, in full.

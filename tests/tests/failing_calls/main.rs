@@ -3,6 +3,8 @@
 //!
 //! Whatever happens there is no panic; an error says what failed and why; a check finds nothing; every disk shows what it
 //! showed, or what it is to show; and the operation can be done again.
+//!
+//! `PCOW_FAILING_CALLS` is a part of the command lines that the long form is to be of.
 #![cfg(target_arch = "x86_64")]
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -56,6 +58,12 @@ const FOUND: &[(&str, &str, &str)] = &[
     // What was received was left under a name that nobody looks for, or that the error did not say.
     ("receive --abort cut", "fsync", ""),
     ("receive --abort cut", "unlinkat", "receive"),
+    // What was joined and could not be listed was left under such a name.
+    ("receive replica second.stream", "openat", ".part"),
+    ("receive replica second.stream", "getdents64", ".part"),
+    // A base of which nothing can be read was not spoken of.
+    ("info --chain clone", "openat2", ".map"),
+    ("info --chain clone", "pread64", ".map"),
     // A full filesystem was taken for a fault of the image.
     ("check vm", "openat2", ".map"),
     // What was interrupted failed.
@@ -87,7 +95,11 @@ fn a_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
 #[test]
 #[ignore = "takes an hour: cargo xtask crash --errors"]
 fn each_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
-    try_cases(|cases, _| cases);
+    let part = std::env::var("PCOW_FAILING_CALLS").unwrap_or_default();
+    try_cases(|mut cases, _| {
+        cases.retain(|(number, _)| OPERATIONS[*number].line.contains(&part));
+        cases
+    });
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::chain::Owner;
 use crate::error::{Error, ErrorKind, IoContext, Result};
 use crate::image::Image;
 use crate::medium::{Access, Directory, Site, read_exact_at};
-use crate::ops::create::{Base, NewImage, create_with_in, discard_part, rename_back};
+use crate::ops::create::{Base, NewImage, create_with_in, discard_files, rename_back};
 use crate::ops::snapshot::Checksum;
 use crate::root::Snapshot;
 use crate::stream::{HEADER_BYTES, Header, Reader, Record};
@@ -53,6 +53,8 @@ impl Receive<'_> {
     pub(super) fn remove_part(&self, dir: &dyn Directory) -> Result<()> {
         let part = self.part_name();
         let context = || format!("cannot remove {part}");
+        // Before it loses the name by which somebody finds it again.
+        let files = dir.names().context(context)?;
         let gone = format!("{}.{}.part", self.name, Uuid::new_v4());
         let renamed = self
             .parent
@@ -65,7 +67,7 @@ impl Receive<'_> {
                 let _ = rename_back(self.parent, &gone, &part);
             })
             .context(context)?;
-        let removed = discard_part(self.parent, dir, &gone);
+        let removed = discard_files(self.parent, dir, (&gone, &files));
         removed.context(|| format!("cannot remove {gone}"))
     }
 
