@@ -99,7 +99,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts `command`, of whose calls those on files below `folder` count, and fail as `fault` says.
+    /// Starts `command`. Its calls that count, as those on files below `folder` do, are listed, and fail as `fault` says.
     pub fn start(mut command: Command, folder: &Path, fault: Option<Fault>) -> Self {
         let seen = Arc::new(Mutex::new(Seen::new(fault)));
         let (folder, shared) = (folder.to_owned(), Arc::clone(&seen));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each system call of each operation of `pcow-img`, and of a backend that serves a guest, fails, is interrupted, does less than it was asked for, or is the last.
+//! Each system call of each operation of `pcow-img`, and of a backend that serves a guest, fails, is interrupted, does less than it
+//! was asked for, or is the last.
 //!
 //! Whatever happens there is no panic; an error says what failed and why; a check finds nothing; every disk shows what it
 //! showed, or what it is to show; and the operation can be done again.
