@@ -72,7 +72,8 @@ pub struct Cli {
     #[arg(long, conflicts_with = "read_only")]
     pub page_cache: bool,
 
-    /// Seconds between flushes of what a guest on page cache has written; 0 for none.
+    /// Seconds within which what a guest on page cache has stored is made durable, if the storage is fast enough; 0 for never
+    /// without being asked.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub flush_interval: u64,
 
@@ -87,7 +88,7 @@ pub struct Cli {
 }
 
 impl Cli {
-    /// Time between flushes, if there are any.
+    /// Time within which what was stored is made durable, if it is.
     pub fn flush_interval(&self) -> Option<Duration> {
         (self.flush_interval > 0).then(|| Duration::from_secs(self.flush_interval))
     }

@@ -303,13 +303,12 @@ fn a_clean_end_makes_everything_durable_and_a_kill_loses_nothing() {
     assert_eq!((word(8), word(MIB)), (7, 9));
 }
 
-/// Of several rounds the fastest counts: a slow machine makes no round shorter.
+/// Of many rounds one has to be in time: a slow machine makes no round shorter.
 #[test]
-fn what_a_guest_wrote_is_flushed_within_the_interval() {
-    const ROUNDS: u64 = 5;
+fn what_a_guest_wrote_is_durable_within_the_interval() {
+    const MOST_ROUNDS: u64 = 50;
     const PATIENCE: Duration = Duration::from_secs(60);
-    /// Well above the interval, and well below what it is by default.
-    const MOST: Duration = Duration::from_millis(2500);
+    const INTERVAL: Duration = Duration::from_secs(1);
     const CLUSTER: u64 = 64 << 10;
     let s = Scratch::new();
     let clusters = |image: &Path| {
@@ -325,10 +324,10 @@ fn what_a_guest_wrote_is_flushed_within_the_interval() {
     let backend = Backend::start(&often, &["--flush-interval", "1"]);
     let frontend = connect(backend.socket());
     let memory = Memory::new(frontend.region());
-    // The first interval began before the first store.
     memory.store(8, 7);
     wait_until("the first flush", PATIENCE, || clusters(&often) == (1, 0));
-    let rounds = (1..=ROUNDS).map(|round| {
+    // What is stored now is stored since the last flush began: it is as old as can be when the next one ends.
+    let mut rounds = (1..=MOST_ROUNDS).map(|round| {
         let stored = Instant::now();
         memory.store(round * CLUSTER, 7);
         wait_until("the next flush", PATIENCE, || {
@@ -338,8 +337,7 @@ fn what_a_guest_wrote_is_flushed_within_the_interval() {
         assert_eq!(clusters(&rare), (1, 1), "flushed before its time");
         took
     });
-    let rounds: Vec<Duration> = rounds.collect();
-    assert!(rounds.iter().any(|took| *took < MOST), "{rounds:?}");
+    assert!(rounds.any(|took| took <= INTERVAL));
 }
 
 /// Starts a backend with `socket` as its descriptor 3.

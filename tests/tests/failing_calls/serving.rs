@@ -32,6 +32,9 @@ const ENDURANCE: Duration = Duration::from_millis(500);
 const CLUSTER: usize = 64 << 10;
 /// Where the guest stores in each cluster.
 const PLACE: usize = 4096;
+/// The snapshots of the image at the beginning: one that is deleted, and one that goes on.
+const DELETED: &str = "first";
+const KEPT: &str = "second";
 
 /// What came of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,6 +51,23 @@ pub enum Outcome {
     Refused,
     /// Nobody noticed, or only who reads the log.
     Tolerated,
+}
+
+/// What an image shows before a backend serves it.
+struct Before {
+    disk: Vec<u8>,
+    deleted: Vec<u8>,
+    kept: Vec<u8>,
+}
+
+impl Before {
+    fn of(image: &Path) -> Self {
+        Self {
+            disk: shown(image, None).unwrap(),
+            deleted: shown(image, Some(DELETED)).unwrap(),
+            kept: shown(image, Some(KEPT)).unwrap(),
+        }
+    }
 }
 
 /// What the guest, and who asks the backend for it, got.
@@ -167,7 +187,7 @@ fn script(image: PathBuf, frontend: Frontend, mut disk: Vec<u8>) -> JoinHandle<D
         let taken = ask(&image, "snapshot-create", json!({ "name": "taken" }));
         touch(&memory, &mut disk, 2);
         let second = frontend.flush().is_ok();
-        let deleted = ask(&image, "snapshot-delete", json!({ "snapshot": "first" }));
+        let deleted = ask(&image, "snapshot-delete", json!({ "snapshot": DELETED }));
         touch(&memory, &mut disk, 3);
         Done {
             disks: [at_first, before, disk],
@@ -200,10 +220,10 @@ fn touch(memory: &Memory, disk: &mut [u8], round: u64) {
 
 /// Serves a copy of the image `vm` in `start` while `fault` comes to pass, and looks at what is left. Returns the calls, too.
 pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
-    let at_first = shown(&start.join("vm"), None).unwrap();
+    let before = Before::of(&start.join("vm"));
     let mut served = Served::start(start, fault);
     let done = served.connect().map(|frontend| {
-        let script = script(served.image.clone(), frontend, at_first.clone());
+        let script = script(served.image.clone(), frontend, before.disk.clone());
         while !script.is_finished() {
             served.help();
         }
@@ -220,7 +240,7 @@ pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
     dead.push(backend.terminate());
     let log = fs::read_to_string(scratch.path("log")).unwrap();
     judge_ends(&dead, fault, &log);
-    judge_image(&image, &at_first, done.as_ref(), fault, &log);
+    judge_image(&image, &before, done.as_ref(), fault, &log);
     let failed = dead.iter().any(|traced| !traced.failed.is_empty());
     let all_went_well = done.as_ref().is_some_and(|d| d.went_well == [true; 4]);
     assert!(failed || all_went_well, "fails by itself: {log}");
@@ -274,7 +294,7 @@ fn says_why(fault: Option<Fault>, log: &str) -> bool {
 
 fn judge_image(
     image: &Path,
-    at_first: &[u8],
+    before: &Before,
     done: Option<&Done>,
     fault: Option<Fault>,
     log: &str,
@@ -285,16 +305,37 @@ fn judge_image(
     }
     let now = shown(image, None).unwrap();
     match done {
-        None => assert!(now == at_first, "disk: {log}"),
+        None => assert!(now == before.disk, "disk: {log}"),
         Some(done) => {
             judge_flushes(done, marked, fault, log);
             judge_disks(image, &now, done, marked, log);
         }
     }
+    judge_snapshots(image, before, done, log);
     let stored = Stored::open(image, &[]).unwrap();
     let report = pcow_format::check::check(&stored).unwrap();
     let found = [report.corruptions, report.unchecked].concat();
     assert!(found.is_empty(), "{found:?}: {log}");
+}
+
+/// The snapshot that is deleted is gone, or is what it was if nobody was told so; the other one is what it was in any case.
+fn judge_snapshots(image: &Path, before: &Before, done: Option<&Done>, log: &str) {
+    let is_deleted = done.is_some_and(|d| d.went_well[3]);
+    let deleted = shown(image, Some(DELETED));
+    assert!(
+        deleted
+            .as_ref()
+            .is_none_or(|now| !is_deleted && *now == before.deleted),
+        "the snapshot that is deleted: {log}"
+    );
+    assert!(
+        deleted.is_some() || done.is_some(),
+        "a snapshot is gone that nobody deleted: {log}"
+    );
+    assert!(
+        shown(image, Some(KEPT)).as_ref() == Some(&before.kept),
+        "the snapshot that is kept: {log}"
+    );
 }
 
 /// A flush that failed stays failed, and somebody is told (I7).
