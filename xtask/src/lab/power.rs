@@ -12,7 +12,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::boot::Boot;
 use crate::cache;
@@ -31,6 +31,9 @@ const DISK_BYTES: u64 = 1 << 30;
 /// Acknowledgements after which the power is lost; how many of them is chosen at random.
 const ACKNOWLEDGEMENTS: std::ops::Range<u64> = 40..200;
 
+/// Within which a backend makes durable what was stored, by default.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Before and after the loss; each has a boot and a log of its own.
 const PHASES: &[&str] = &["write", "verify"];
 
@@ -43,7 +46,7 @@ enum Device {
     VirtioPmem,
     /// Its own flushes are none. One flush is asked of the backend.
     NvdimmFlush,
-    /// Its own flushes are none. The backend flushes as it does by default.
+    /// Its own flushes are none. The backend flushes by itself, as it does by default.
     NvdimmInterval,
 }
 
@@ -62,7 +65,8 @@ impl Device {
     fn promise(self) -> Promise {
         match self {
             Self::VirtioPmem => Promise::Told,
-            Self::NvdimmFlush | Self::NvdimmInterval => Promise::Held,
+            Self::NvdimmFlush => Promise::Held,
+            Self::NvdimmInterval => Promise::Older(FLUSH_INTERVAL),
         }
     }
 
@@ -183,12 +187,12 @@ impl Host<'_> {
         let mut records = Records::default();
         self.write_until_killed(case, &mut records)?;
         self.verify(case, &mut records)?;
+        let promise = case.device.promise();
         let summary = format!(
             "killed after {} acknowledgements; {}",
             records.acknowledgements(),
-            records.summary()
+            records.summary(promise)
         );
-        let promise = case.device.promise();
         let fault = records.fault(promise).or_else(|| {
             (case.device.has_to_lose() && records.lost() == 0)
                 .then(|| "nothing was lost, so nothing was proved".to_string())
@@ -206,7 +210,7 @@ impl Host<'_> {
         let ended = self.start(case, "write", |machine| {
             machine.run_until(|line| {
                 report.take(line);
-                records.take(line, case.device.promise());
+                records.take(line, case.device.promise(), Instant::now());
                 if records.acknowledgements() < goal {
                     ControlFlow::Continue(())
                 } else {
@@ -228,7 +232,7 @@ impl Host<'_> {
         let ended = self.start(case, "verify", |machine| {
             machine.run(|line| {
                 report.take(line);
-                records.take(line, case.device.promise());
+                records.take(line, case.device.promise(), Instant::now());
             })
         });
         let Some(fault) = fault(&report, ended) else {
