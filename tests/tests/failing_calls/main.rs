@@ -125,7 +125,8 @@ fn serve_cases(choose: impl Fn(Vec<Case>) -> Vec<Case>) {
     let chosen = choose(all);
     println!("{} cases of {count}", chosen.len());
     let results = Mutex::new((BTreeMap::<_, usize>::new(), Vec::new()));
-    on_all_processors(&chosen, |(_, fault)| {
+    // A backend under a fault waits most of the time.
+    on_all_processors(&chosen, 4, |(_, fault)| {
         let session = catch_unwind(|| serving::serve(&folder, Some(*fault)));
         let (outcomes, wrong) = &mut *results.lock().unwrap();
         match session {
@@ -149,7 +150,7 @@ fn assert_most_came(missed: usize, cases: usize) {
 }
 
 /// Does `work` for each of `cases`. Whoever starts a process traces it: each thread has its own.
-fn on_all_processors(cases: &[Case], work: impl Fn(&Case) + Sync) {
+fn on_all_processors(cases: &[Case], threads_each: usize, work: impl Fn(&Case) + Sync) {
     let next = AtomicUsize::new(0);
     let take = || {
         loop {
@@ -162,7 +163,7 @@ fn on_all_processors(cases: &[Case], work: impl Fn(&Case) + Sync) {
         }
     };
     std::thread::scope(|scope| {
-        let threads = available_parallelism().map_or(1, usize::from);
+        let threads = threads_each * available_parallelism().map_or(1, usize::from);
         (0..threads).for_each(|_| drop(scope.spawn(take)));
     });
 }
@@ -190,7 +191,7 @@ fn try_cases(choose: impl Fn(Vec<Case>, &[Whole<'_>]) -> Vec<Case>) {
     let chosen = choose(all, &wholes);
     println!("{} cases of {count}", chosen.len());
     let results = Mutex::new((Table::default(), Vec::new()));
-    on_all_processors(&chosen, |(number, fault)| {
+    on_all_processors(&chosen, 1, |(number, fault)| {
         let whole = &wholes[*number];
         let outcome = whole.attempt(&folder, *fault);
         let (table, wrong) = &mut *results.lock().unwrap();
