@@ -13,6 +13,7 @@ mod disk;
 mod endpoint;
 mod failure;
 mod occupancy;
+mod readiness;
 mod server;
 mod service;
 mod service_manager;

@@ -10,12 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 
 use crate::connection::{self, Offer, chain};
 use crate::endpoint::Endpoint;
 use crate::failure::Failure;
+use crate::readiness;
 use crate::service_manager;
 use crate::signals::Signals;
 use flusher::Flusher;
@@ -94,9 +94,11 @@ impl Server {
             .flush_interval
             .map(|interval| Flusher::start(Arc::clone(&self.offer), interval))
             .transpose()?;
-        self.serve(endpoint, signals)?;
+        let served = self.serve(endpoint, signals);
         drop(flusher);
-        self.finish()
+        // However it ends, what was stored is flushed.
+        let finished = self.finish();
+        served.and(finished)
     }
 
     fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
@@ -200,10 +202,8 @@ fn wait(endpoint: &Endpoint, signals: &Signals, quit: &Quit) -> Result<Woken, Fa
     if let Some(listener) = endpoint.listener_fd() {
         fds.push(PollFd::from_borrowed_fd(listener, PollFlags::IN));
     }
-    match poll(&mut fds, Timespec::try_from(PATIENCE).ok().as_ref()) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(e) => return Err(Failure::new("cannot wait for frontends").caused_by(&e)),
-    }
+    readiness::wait(&mut fds, Some(PATIENCE))
+        .map_err(|e| Failure::new("cannot wait for frontends").caused_by(&e))?;
     Ok(Woken {
         signal: !fds[0].revents().is_empty(),
         quit: !fds[1].revents().is_empty(),

@@ -27,11 +27,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
+use crate::readiness;
 use client::Client;
 use commands::Operator;
 pub use socket::{Access, Socket};
@@ -120,8 +120,8 @@ impl Acceptor {
             PollFd::new(&*self.stop, PollFlags::IN),
             PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => fds[0].revents().is_empty(),
+        match readiness::wait(&mut fds, None) {
+            Ok(()) => fds[0].revents().is_empty(),
             Err(e) => {
                 log::error!("control: cannot wait for connections: {e}");
                 false

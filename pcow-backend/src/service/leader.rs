@@ -10,7 +10,7 @@ use pcow_protocol::codec::Reader;
 use pcow_protocol::message::BackendReply;
 use pcow_protocol::uffd::{Event, EventBuffer};
 use pcow_protocol::{Error, ErrorKind, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::board::{Claim, Fault, Touch};
@@ -18,6 +18,7 @@ use super::channel::Asked;
 use super::origin::Origin;
 use super::{Counters, Shared};
 use crate::disk::FileKey;
+use crate::readiness;
 
 /// How often a fault that could not be resolved is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -151,11 +152,7 @@ impl Leader {
             PollFd::from_borrowed_fd(s.channel.socket().as_fd(), channel),
             PollFd::from_borrowed_fd(kicked.as_fd(), PollFlags::IN),
         ];
-        let timeout = patience.and_then(|p| Timespec::try_from(p).ok());
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(e) => return Err(Error::io("wait for events", e)),
-        }
+        readiness::wait(&mut fds, patience).map_err(|e| Error::io("wait for events", e))?;
         let [events, channel, kick] = fds.map(|fd| fd.revents());
         if !kick.is_empty() {
             s.channel.clear_kick();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which system calls reach files, and what file a call of a traced thread is about.
+//! Which system calls can fail, and what file a call of a traced thread is about.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -19,6 +19,8 @@ enum Names {
     Path(usize),
     /// The descriptor of a directory, and a path from there in the next argument.
     At(usize),
+    /// It is about none.
+    Nothing,
 }
 
 /// How a call says how many bytes it wants moved.
@@ -33,12 +35,29 @@ enum Amount {
 }
 
 use Amount::{Argument, Pieces};
-use Names::{At, Descriptor, Path as Named};
+use Names::{At, Descriptor, Nothing, Path as Named};
 
-/// A system call, its name, and what its arguments mean. `close` is not there: it never leaves the descriptor open
-/// (close(2)), so that one that is not carried out shows a kernel that does not exist.
+/// A system call, its name, and what its arguments mean. Not there are
+/// - `close`: it never leaves the descriptor open (close(2)), so that one that is not carried out shows a kernel that does not
+///   exist;
+/// - memory of no file: whoever gets none for an allocation ends, which is the allocator's way and that of a killed process;
+/// - what cannot fail for want of something, such as `futex`, and what only the runtime calls before `main`, as `poll`.
 #[rustfmt::skip]
-const KNOWN: [(c_long, &str, Names, Amount); 58] = [
+const KNOWN: [(c_long, &str, Names, Amount); 72] = [
+    (libc::SYS_clone3, "clone3", Nothing, Amount::None),
+    (libc::SYS_eventfd2, "eventfd2", Nothing, Amount::None),
+    (libc::SYS_signalfd4, "signalfd4", Nothing, Amount::None),
+    (libc::SYS_memfd_create, "memfd_create", Nothing, Amount::None),
+    (libc::SYS_pipe2, "pipe2", Nothing, Amount::None),
+    (libc::SYS_ppoll, "ppoll", Nothing, Amount::None),
+    (libc::SYS_socket, "socket", Nothing, Amount::None),
+    (libc::SYS_socketpair, "socketpair", Nothing, Amount::None),
+    (libc::SYS_bind, "bind", Descriptor(0), Amount::None),
+    (libc::SYS_listen, "listen", Descriptor(0), Amount::None),
+    (libc::SYS_connect, "connect", Descriptor(0), Amount::None),
+    (libc::SYS_accept4, "accept4", Descriptor(0), Amount::None),
+    (libc::SYS_setsockopt, "setsockopt", Descriptor(0), Amount::None),
+    (libc::SYS_getsockopt, "getsockopt", Descriptor(0), Amount::None),
     (libc::SYS_read, "read", Descriptor(0), Argument(2)),
     (libc::SYS_pread64, "pread64", Descriptor(0), Argument(2)),
     (libc::SYS_readv, "readv", Descriptor(0), Pieces),
@@ -110,12 +129,12 @@ pub(super) fn filter() -> BpfProgram {
 /// Longest path that the kernel takes (`PATH_MAX`).
 const PATH_BYTES: u64 = 4096;
 
-/// A call that reaches a file below a folder.
+/// A call that counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
     /// Its name, as in the manual.
     pub name: &'static str,
-    /// The file, from the folder on.
+    /// The file, from the folder on; empty if it is about none.
     pub file: PathBuf,
     /// How many bytes it wants moved at least; 0 for one that moves none.
     pub amount: u64,
@@ -141,8 +160,15 @@ impl Entered {
         })
     }
 
-    /// What it is, if its file is below `folder`, or a socket or a userfaultfd.
+    /// What it is, if its file is below `folder`, a socket or a userfaultfd, or if it is about none.
     pub(super) fn call(&self, folder: &Path) -> Option<Call> {
+        if matches!(self.known.2, Nothing) {
+            return Some(Call {
+                name: self.known.1,
+                file: PathBuf::new(),
+                amount: 0,
+            });
+        }
         let file = self.file()?;
         let is = |kind| file.to_string_lossy().starts_with(kind);
         let (file, amount) = if is("anon_inode:[userfaultfd]") {
@@ -171,6 +197,7 @@ impl Entered {
                 }
                 Some(self.folder(place)?.join(path))
             }
+            Nothing => None,
         }
     }
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A process one of whose system calls fails, is cut short, or is its last (ptrace(2)).
 //!
-//! A filter (seccomp(2)) stops every thread and child of the process at the system calls that reach files. Of these only
+//! A filter (seccomp(2)) stops every thread and child of the process at the system calls that can fail. Of those on files only
 //! calls on files below one folder, on sockets and on a userfaultfd count, so that those of the loader and of libc are left
-//! alone. A call that fails is not carried out; one that is short is carried out by the kernel, with half of its length.
+//! alone; others, such as those that start a thread, count all. A call that fails is not carried out; one that is short is carried out by the kernel, with half of its length.
 
 mod calls;
 

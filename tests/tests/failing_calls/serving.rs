@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A backend one of whose system calls on the image's files, on its sockets or on the userfaultfd fails, once or for ever, or is
-//! its last: while it starts, while it serves, or while it ends.
+//! A backend one of whose system calls fails, once or for ever, or is its last: while it starts, while it serves, or while it
+//! ends.
 //!
 //! It does not start, and says why; or the guest goes on, or waits until nothing fails any more or another backend is there. It
 //! never loads another byte than it stored; a flush that failed stays failed; and what was stored is there afterwards.
@@ -43,8 +43,8 @@ pub enum Outcome {
     Missed,
     /// The backend did not start.
     NotStarted,
-    /// It was killed, and another one went on.
-    Killed,
+    /// It was killed, or ended, and another one went on.
+    Replaced,
     /// The guest waited until nothing failed any more.
     Waited,
     /// A flush or the snapshot was refused.
@@ -115,10 +115,9 @@ impl Served {
         fs::read_to_string(self.scratch.path("log")).unwrap()
     }
 
-    /// Somebody waits: starts another backend after one that was killed; lets nothing fail any more after a while.
+    /// Somebody waits: starts another backend after one that has ended; lets nothing fail any more after a while.
     fn help(&mut self) {
-        let killed = self.fault.is_some_and(|f| f.failure == Failure::Kill);
-        if killed && self.backend.has_ended() {
+        if self.backend.has_ended() {
             let next = start_backend(&self.scratch, &self.folder, None);
             let dead = std::mem::replace(&mut self.backend, next);
             self.dead.push(dead.terminate());
@@ -239,16 +238,16 @@ pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
     } = served;
     dead.push(backend.terminate());
     let log = fs::read_to_string(scratch.path("log")).unwrap();
+    let replaced = dead.len() > 1;
     judge_ends(&dead, fault, &log);
-    judge_image(&image, &before, done.as_ref(), fault, &log);
+    judge_image(&image, &before, done.as_ref(), fault, replaced, &log);
     let failed = dead.iter().any(|traced| !traced.failed.is_empty());
     let all_went_well = done.as_ref().is_some_and(|d| d.went_well == [true; 4]);
     assert!(failed || all_went_well, "fails by itself: {log}");
-    let killed = dead.iter().any(|traced| traced.status.signal().is_some());
     let outcome = match &done {
         _ if !failed => Outcome::Missed,
         None => Outcome::NotStarted,
-        Some(_) if killed => Outcome::Killed,
+        Some(_) if replaced => Outcome::Replaced,
         Some(_) if !all_went_well => Outcome::Refused,
         Some(_) if relented => Outcome::Waited,
         Some(_) => Outcome::Tolerated,
@@ -286,8 +285,12 @@ fn judge_ends(ends: &[Traced], fault: Option<Fault>, log: &str) {
 
 /// Whether the log has the cause that the system gave, if it gave one.
 fn says_why(fault: Option<Fault>, log: &str) -> bool {
+    let says = |number: i32| log.contains(&format!("(os error {number})"));
+    let is_of = |name| fault.is_some_and(|fault| fault.name == name);
     match fault.map(|f| f.failure) {
-        Some(Failure::Error(number)) => log.contains(&format!("(os error {number})")),
+        // Whoever starts a thread is told that there are no resources, whatever there is none of (pthread_create(3)).
+        Some(Failure::Error(libc::ENOMEM)) if is_of("clone3") => says(libc::EAGAIN),
+        Some(Failure::Error(number)) => says(number),
         _ => true,
     }
 }
@@ -297,6 +300,7 @@ fn judge_image(
     before: &Before,
     done: Option<&Done>,
     fault: Option<Fault>,
+    replaced: bool,
     log: &str,
 ) {
     let marked = image.join(FLUSH_FAILED_FILE).exists();
@@ -307,7 +311,7 @@ fn judge_image(
     match done {
         None => assert!(now == before.disk, "disk: {log}"),
         Some(done) => {
-            judge_flushes(done, marked, fault, log);
+            judge_flushes(done, marked, fault, replaced, log);
             judge_disks(image, &now, done, marked, log);
         }
     }
@@ -339,11 +343,11 @@ fn judge_snapshots(image: &Path, before: &Before, done: Option<&Done>, log: &str
 }
 
 /// A flush that failed stays failed, and somebody is told (I7).
-fn judge_flushes(done: &Done, marked: bool, fault: Option<Fault>, log: &str) {
+fn judge_flushes(done: &Done, marked: bool, fault: Option<Fault>, replaced: bool, log: &str) {
     let [first, _, second, _] = done.went_well;
-    let killed = fault.is_some_and(|f| f.failure == Failure::Kill);
+    // A flush fails for the frontend, too, if the backend ends meanwhile.
     assert!(
-        first || !second || killed,
+        first || !second || replaced,
         "a flush succeeds after one that failed: {log}"
     );
     // The last flush comes when the guest is gone: the log is all that there is to tell.
