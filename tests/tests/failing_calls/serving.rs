@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A fault that lasts ends after so long, if the guest still waits.
 const ENDURANCE: Duration = Duration::from_millis(500);
 const CLUSTER: usize = 64 << 10;
+/// So often somebody comes to the control socket in the end.
+const ATTEMPTS: u64 = 20;
 /// Where the guest stores in each cluster.
 const PLACE: usize = 4096;
 /// The snapshots of the image at the beginning: one that is deleted, and one that goes on.
@@ -76,6 +78,8 @@ struct Done {
     disks: [Vec<u8>; 3],
     /// Flush, snapshot, flush, deletion of a snapshot.
     went_well: [bool; 4],
+    /// Whether the backend can still be asked for something in the end.
+    answers: bool,
 }
 
 /// A backend with its log, and its successors.
@@ -191,7 +195,16 @@ fn script(image: PathBuf, frontend: Frontend, mut disk: Vec<u8>) -> JoinHandle<D
         Done {
             disks: [at_first, before, disk],
             went_well: [first, taken, second, deleted],
+            answers: answers(&image),
         }
+    })
+}
+
+/// Whether somebody greets those who come to the control socket; the first of them may meet with the fault.
+fn answers(image: &Path) -> bool {
+    (0..ATTEMPTS).any(|attempt| {
+        std::thread::sleep(Duration::from_millis(20 * attempt));
+        Client::connect(image, None).is_ok_and(|client| client.is_some())
     })
 }
 
@@ -239,6 +252,12 @@ pub fn serve(start: &Path, fault: Option<Fault>) -> (Vec<Call>, Outcome) {
     dead.push(backend.terminate());
     let log = fs::read_to_string(scratch.path("log")).unwrap();
     let replaced = dead.len() > 1;
+    let is_deaf = done.as_ref().is_some_and(|done| !done.answers);
+    let said_so = log.contains("no control socket");
+    assert!(
+        !is_deaf || said_so || fault.is_some_and(|f| f.lasting),
+        "after one failure nobody can ask for anything any more: {log}"
+    );
     judge_ends(&dead, fault, &log);
     judge_image(&image, &before, done.as_ref(), fault, replaced, &log);
     let failed = dead.iter().any(|traced| !traced.failed.is_empty());
