@@ -106,7 +106,16 @@ fn each_call_that_fails_leaves_every_image_as_it_was_or_as_it_is_to_be() {
 #[test]
 fn a_guest_never_sees_that_a_call_of_its_backend_fails() {
     println!("seed {SEED}");
-    serve_cases(|cases| sample(cases, SERVED, &mut Random::new(SEED)));
+    // Whoever could not wait once gave up: nobody could ask for a snapshot any more, or the backend ended.
+    let was_wrong = |(_, fault): &Case| {
+        fault.name == "ppoll" && fault.failure == Failure::Error(libc::ENOMEM) && !fault.lasting
+    };
+    serve_cases(|cases| {
+        let (mut chosen, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(was_wrong);
+        assert!(!chosen.is_empty(), "no such call");
+        chosen.extend(sample(others, SERVED, &mut Random::new(SEED)));
+        chosen
+    });
 }
 
 #[test]
