@@ -25,7 +25,8 @@ pub fn wait(fds: &mut [PollFd<'_>], patience: Option<Duration>) -> Result<(), Er
                 return Ok(());
             }
             Err(e) if tries == TRIES => return Err(e),
-            Err(e) => log::warn!("cannot wait, and tries again: {e}"),
+            Err(e) if tries == 1 => log::warn!("cannot wait, and tries again: {e}"),
+            Err(_) => {}
         }
         std::thread::sleep(PAUSE);
         tries += 1;

@@ -53,7 +53,7 @@ impl Control {
     /// # Errors
     /// If there is no thread or descriptor left.
     pub fn start(socket: Socket, operator: Operator) -> Result<Self, Failure> {
-        let stop = eventfd(0, EventfdFlags::CLOEXEC)
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| Failure::new("cannot create an eventfd").caused_by(&e))?;
         let (socket, stop) = (Arc::new(socket), Arc::new(stop));
         let acceptor = Acceptor {
@@ -123,8 +123,9 @@ impl Acceptor {
         match readiness::wait(&mut fds, None) {
             Ok(()) => fds[0].revents().is_empty(),
             Err(e) => {
+                // It has taken its time. Clients that came would wait for ever if nobody looked any more.
                 log::error!("control: cannot wait for connections: {e}");
-                false
+                rustix::io::read(&*self.stop, &mut [0_u8; 8]).is_err()
             }
         }
     }
