@@ -84,16 +84,17 @@ impl Server {
     /// # Errors
     /// If waiting fails, or what was written cannot be flushed at the end.
     pub fn run(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
+        // Before anybody can store: if it cannot start, there is nothing to flush.
+        let flusher = self
+            .flush_interval
+            .map(|interval| Flusher::start(Arc::clone(&self.offer), interval))
+            .transpose()?;
         if let Endpoint::Connected(stream) = endpoint {
             let stream = stream
                 .try_clone()
                 .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
             self.connect(stream)?;
         }
-        let flusher = self
-            .flush_interval
-            .map(|interval| Flusher::start(Arc::clone(&self.offer), interval))
-            .transpose()?;
         let served = self.serve(endpoint, signals);
         drop(flusher);
         // However it ends, what was stored is flushed.

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pcow_format::{Holder, Process, Purpose, Record, Stored, holder};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::failure::Failure;
+use crate::readiness;
 
 /// How long the other backend may take to end by itself. What it has not flushed by then loses nothing: it is in the page
 /// cache, where its successor finds it.
@@ -105,13 +106,12 @@ fn has_ended(process: &OwnedFd, patience: Duration) -> Result<bool, String> {
     let deadline = Instant::now() + patience;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).ok();
         let mut fds = [PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => return Ok(false),
-            Ok(_) => return Ok(true),
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(format!("cannot wait for its end: {e}")),
+        readiness::wait(&mut fds, Some(left))
+            .map_err(|e| format!("cannot wait for its end: {e}"))?;
+        let has_ended = !fds[0].revents().is_empty();
+        if has_ended || left.is_zero() {
+            return Ok(has_ended);
         }
     }
 }

@@ -337,7 +337,8 @@ fn what_a_guest_wrote_is_durable_within_the_interval() {
         assert_eq!(clusters(&rare), (1, 1), "flushed before its time");
         took
     });
-    assert!(rounds.any(|took| took <= INTERVAL));
+    // Not by the little that it is noticed late: whoever waits a whole interval between flushes is never below it.
+    assert!(rounds.any(|took| took <= INTERVAL * 15 / 16));
 }
 
 /// Starts a backend with `socket` as its descriptor 3.

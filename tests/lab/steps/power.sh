@@ -58,9 +58,9 @@ pass_on() {
         line=${line%"$return_character"}
         echo "$line" >&3
         case $line in
+        *"backend: flushing is slow"*) echo LAB-LATE >&4 ;;
         "first "[0-9]* | "second "[0-9]* | "pmem0 "[0-9]*) echo "LAB-TOLD $line" >&4 ;;
         *"held: pmem0 "[0-9]*) echo "LAB-HELD ${line##*held: }" >&4 ;;
-        *"backend: flushing is slow"*) echo LAB-LATE >&4 ;;
         *) echo "guest: $line" ;;
         esac
     done
