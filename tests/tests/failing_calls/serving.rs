@@ -23,10 +23,8 @@ use pcow_tests::tracer::{Call, Failure, Fault, Running, Traced};
 use serde_json::json;
 
 use crate::judge::must_be_survived;
-use crate::world::{call, copy_to};
+use crate::world::{PATIENCE, call_once_free, copy_to};
 
-/// Longer than anything here takes on a slow machine; only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// A fault that lasts ends after so long, if the guest still waits.
 const ENDURANCE: Duration = Duration::from_millis(500);
 const CLUSTER: usize = 64 << 10;
@@ -334,7 +332,7 @@ fn judge_image(
 ) {
     let marked = image.join(FLUSH_FAILED_FILE).exists();
     if marked {
-        call(image, "check --repair .");
+        call_once_free(image, "check --repair .");
     }
     let now = shown(image, None).unwrap();
     match done {

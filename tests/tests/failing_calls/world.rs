@@ -5,16 +5,20 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use pcow_format::check::{Report, check};
 use pcow_format::{FLUSH_FAILED_FILE, Stored};
 use pcow_tests::scratch::Scratch;
 use pcow_tests::tracer::{self, Fault, Traced};
+use pcow_tests::waiting::wait_until;
 use pcow_tests::{pattern, program};
 
 use crate::operations::Operation;
 
 const DISK_BYTES: usize = 2 << 20;
+/// Longer than anything here takes on a slow machine; only a hang reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The bytes of a disk of which some clusters are zeros.
 pub fn disk(seed: u64) -> Vec<u8> {
@@ -41,6 +45,18 @@ fn output(folder: &Path, line: &str) -> Output {
 /// Runs `pcow-img`, which must succeed.
 pub fn call(folder: &Path, line: &str) {
     let output = output(folder, line);
+    assert!(output.status.success(), "{line}: {output:?}");
+}
+
+/// Runs `pcow-img`, which must succeed once nobody uses the image: a process that another thread is starting has all that was
+/// open here, a lock too, until it executes its program.
+pub fn call_once_free(folder: &Path, line: &str) {
+    let mut last = None;
+    wait_until("nobody uses the image", PATIENCE, || {
+        let output = last.insert(output(folder, line));
+        !String::from_utf8_lossy(&output.stderr).contains("in use")
+    });
+    let output = last.unwrap();
     assert!(output.status.success(), "{line}: {output:?}");
 }
 
