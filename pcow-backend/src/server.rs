@@ -23,7 +23,7 @@ use flusher::Flusher;
 /// Connections at a time: one frontend, and others that find that out.
 const MAX_CONNECTIONS: usize = 16;
 
-/// How long it takes at most until a connection that has ended is noticed.
+/// How long it takes at most until a connection that has ended, or a flush that is late, is noticed.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a clean end may take to give back what a guest has only read. What remains stays data.
@@ -95,16 +95,24 @@ impl Server {
                 .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
             self.connect(stream)?;
         }
-        let served = self.serve(endpoint, signals);
+        let served = self.serve(endpoint, signals, flusher.as_ref());
         drop(flusher);
         // However it ends, what was stored is flushed.
         let finished = self.finish();
         served.and(finished)
     }
 
-    fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
+    fn serve(
+        &self,
+        endpoint: &Endpoint,
+        signals: &Signals,
+        flusher: Option<&Flusher>,
+    ) -> Result<(), Failure> {
         loop {
             let woken = wait(endpoint, signals, &self.quit)?;
+            if let Some(flusher) = flusher {
+                flusher.watch();
+            }
             if woken.signal || woken.quit {
                 let why = if woken.signal { signals.take() } else { "quit" };
                 log::info!("{why}: ending");
@@ -195,7 +203,7 @@ struct Woken {
     quit: bool,
 }
 
-/// Waits for a connection or a signal, and not for long: connections that have ended are noticed then.
+/// Waits for a connection or a signal, and not for long: connections that have ended, and a late flush, are noticed then.
 fn wait(endpoint: &Endpoint, signals: &Signals, quit: &Quit) -> Result<Woken, Failure> {
     let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
     let quit = PollFd::from_borrowed_fd(quit.0.as_fd(), PollFlags::IN);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A process that is killed on its way into a chosen system call, by strace(1).
+//! A process that is killed, or held up, on its way into a chosen system call, by strace(1).
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -21,9 +22,21 @@ impl Strace {
     /// # Panics
     /// If strace is not there, or may not observe the process.
     pub fn kill_at(process: u32, call: &str, number: u32) -> Self {
+        Self::inject(process, call, &format!("signal=KILL:when={number}"))
+    }
+
+    /// Has the threads of `process` wait for `time` before each system call `call`, as for storage that hangs.
+    ///
+    /// # Panics
+    /// If strace is not there, or may not observe the process.
+    pub fn hold_up(process: u32, call: &str, time: Duration) -> Self {
+        Self::inject(process, call, &format!("delay_enter={}", time.as_micros()))
+    }
+
+    fn inject(process: u32, call: &str, what: &str) -> Self {
         let mut strace = Command::new("strace")
             .args(["-f", "-e", &format!("trace={call}"), "-e", "signal=none"])
-            .args(["-e", &format!("inject={call}:signal=KILL:when={number}")])
+            .args(["-e", &format!("inject={call}:{what}")])
             .args(["-o", "/dev/null"])
             .args(["-p", &process.to_string()])
             .stderr(Stdio::piped())

@@ -19,6 +19,7 @@ use pcow_tests::memory::Memory;
 use pcow_tests::old_kernel;
 use pcow_tests::program;
 use pcow_tests::scratch::{Scratch, store};
+use pcow_tests::strace::Strace;
 use pcow_tests::waiting::wait_until;
 
 const MIB: u64 = 1 << 20;
@@ -465,4 +466,23 @@ fn a_frontend_on_a_kernel_without_write_protection_is_told_so_and_the_next_one_i
     let reason = "the kernel's userfaultfd lacks write protection or remap events";
     assert!(refused.to_string().contains(reason), "{refused}");
     Frontend::connect(backend.socket(), &options).unwrap();
+}
+
+#[test]
+fn a_flush_that_hangs_is_told_of_while_it_does() {
+    const MORE_THAN_ANYBODY_WAITS: Duration = Duration::from_secs(3600);
+    let s = Scratch::new();
+    let image = s.image("slow", 4 * MIB, 64 << 10);
+    let backend = Backend::start(&image, &["--flush-interval", "1"]);
+    let storage = Strace::hold_up(backend.pid(), "fdatasync", MORE_THAN_ANYBODY_WAITS);
+    let frontend = connect(backend.socket());
+    Memory::new(frontend.region()).store(8, 7);
+    backend.wait_for_log("flushing is slow: what was stored");
+    let live = check(&Stored::open(&image, &[]).unwrap())
+        .unwrap()
+        .live_clusters;
+    assert_eq!(live, 1, "it has ended");
+    // Then the calls that wait are made.
+    drop(storage);
+    backend.wait_for_log("flushing is in time again");
 }

@@ -20,6 +20,7 @@ const REST: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(super) struct Flusher {
     end: Arc<End>,
+    progress: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -37,15 +38,22 @@ impl Flusher {
     /// If there is no thread left.
     pub(super) fn start(offer: Arc<Offer>, interval: Duration) -> Result<Self, Failure> {
         let end = Arc::new(End::default());
-        let until = Arc::clone(&end);
+        let progress = Arc::new(Progress::new(interval));
+        let (until, made) = (Arc::clone(&end), Arc::clone(&progress));
         let thread = std::thread::Builder::new()
             .name("flush".into())
-            .spawn(move || work(&offer, interval, &until))
+            .spawn(move || work(&offer, interval, &until, &made))
             .map_err(|e| Failure::new("cannot start a thread").caused_by(&e))?;
         Ok(Self {
             end,
+            progress,
             thread: Some(thread),
         })
+    }
+
+    /// Says so if a flush that is under way is late by now. The thread itself waits for storage, which may hang.
+    pub(super) fn watch(&self) {
+        self.progress.watch(Instant::now());
     }
 }
 
@@ -74,9 +82,8 @@ impl End {
     }
 }
 
-fn work(offer: &Offer, interval: Duration, end: &End) {
+fn work(offer: &Offer, interval: Duration, end: &End, progress: &Progress) {
     let is_kept = || offer.disk.lock().is_none();
-    let mut schedule = Schedule::new(interval, Instant::now());
     let mut patience = if is_kept() {
         Duration::ZERO
     } else {
@@ -85,24 +92,73 @@ fn work(offer: &Offer, interval: Duration, end: &End) {
     while !end.comes_within(patience) {
         let began = Instant::now();
         if !offer.place.was_taken() && !is_kept() {
-            schedule = Schedule::new(interval, began);
+            progress.skip(began);
             patience = pause_after(Duration::ZERO, interval);
             continue;
         }
+        progress.begin(began);
         // It is told there, and every later flush fails, too.
         if offer.flush().is_err() {
+            progress.give_up();
             return;
         }
         log::debug!("flushed by itself");
-        let done = schedule.done(began, Instant::now());
-        if done.has_become_late {
+        patience = progress.end(Instant::now());
+    }
+}
+
+/// The [`Schedule`], with a log.
+#[derive(Debug)]
+struct Progress(Mutex<Schedule>);
+
+impl Progress {
+    fn new(interval: Duration) -> Self {
+        Self(Mutex::new(Schedule::new(interval, Instant::now())))
+    }
+
+    fn skip(&self, now: Instant) {
+        self.lock().skip(now);
+    }
+
+    fn begin(&self, now: Instant) {
+        self.lock().under_way = Some(now);
+    }
+
+    fn give_up(&self) {
+        self.lock().under_way = None;
+    }
+
+    fn watch(&self, now: Instant) {
+        let mut schedule = self.lock();
+        let became_late = schedule.becomes_late(now);
+        Self::tell(&schedule, became_late);
+    }
+
+    /// Returns the time until the next flush.
+    fn end(&self, now: Instant) -> Duration {
+        let mut schedule = self.lock();
+        let became_late = schedule.becomes_late(now);
+        Self::tell(&schedule, became_late);
+        let done = schedule.done(now);
+        if done.is_in_time_again {
+            log::info!("flushing is in time again");
+        }
+        done.pause
+    }
+
+    fn tell(schedule: &Schedule, became_late: Option<Duration>) {
+        if let Some(age) = became_late {
             log::warn!(
                 "flushing is slow: what was stored {:.1} s ago was not durable yet, and --flush-interval is {} s",
-                done.age.as_secs_f32(),
-                interval.as_secs()
+                age.as_secs_f32(),
+                schedule.interval.as_secs()
             );
         }
-        patience = done.pause;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Schedule> {
+        // Nobody panics while it is half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -113,8 +169,10 @@ fn work(offer: &Offer, interval: Duration, end: &End) {
 #[derive(Debug)]
 struct Schedule {
     interval: Duration,
-    /// When the last flush began: what was stored before is durable.
+    /// When the last complete flush began: what was stored before is durable.
     began: Instant,
+    /// When the flush began that has not ended yet.
+    under_way: Option<Instant>,
     is_late: bool,
 }
 
@@ -123,10 +181,7 @@ struct Schedule {
 struct Done {
     /// Until the next one begins.
     pause: Duration,
-    /// Of the oldest store that was not durable just before this one ended.
-    age: Duration,
-    /// Whether that is more than an interval, and was not the last time.
-    has_become_late: bool,
+    is_in_time_again: bool,
 }
 
 impl Schedule {
@@ -135,18 +190,34 @@ impl Schedule {
         Self {
             interval,
             began: now,
+            under_way: None,
             is_late: false,
         }
     }
 
-    fn done(&mut self, began: Instant, ended: Instant) -> Done {
-        let (took, age) = (ended - began, ended - self.began);
-        let was_late = std::mem::replace(&mut self.is_late, age > self.interval);
+    /// Nothing was stored before `now`.
+    fn skip(&mut self, now: Instant) {
+        *self = Self::new(self.interval, now);
+    }
+
+    /// The age of the oldest store that is not durable at `now`, if the flush under way has not been late until now.
+    fn becomes_late(&mut self, now: Instant) -> Option<Duration> {
+        let age = now.saturating_duration_since(self.began);
+        if self.is_late || self.under_way.is_none() || age <= self.interval {
+            return None;
+        }
+        self.is_late = true;
+        Some(age)
+    }
+
+    /// The flush under way has ended.
+    fn done(&mut self, ended: Instant) -> Done {
+        let began = self.under_way.take().unwrap_or(ended);
+        let is_in_time = ended - self.began <= self.interval;
         self.began = began;
         Done {
-            pause: pause_after(took, self.interval),
-            age,
-            has_become_late: self.is_late && !was_late,
+            pause: pause_after(ended - began, self.interval),
+            is_in_time_again: is_in_time && std::mem::take(&mut self.is_late),
         }
     }
 }
@@ -165,43 +236,73 @@ mod tests {
 
     const INTERVAL: Duration = Duration::from_secs(5);
 
+    /// What a flush came to.
+    #[derive(Debug)]
+    struct Flush {
+        /// Of the oldest store that was not durable just before it ended.
+        age: Duration,
+        became_late: bool,
+        done: Done,
+    }
+
     /// Flushes that take so many milliseconds each, one after the other.
-    fn flushes(milliseconds: &[u64]) -> Vec<Done> {
+    fn flushes(milliseconds: &[u64]) -> Vec<Flush> {
         let mut now = Instant::now();
         let mut schedule = Schedule::new(INTERVAL, now);
         now += pause_after(Duration::ZERO, INTERVAL);
         let flushes = milliseconds.iter().map(|took| {
-            let began = now;
+            schedule.under_way = Some(now);
             now += Duration::from_millis(*took);
-            let done = schedule.done(began, now);
+            let age = now - schedule.began;
+            let became_late = schedule.becomes_late(now).is_some();
+            let done = schedule.done(now);
             now += done.pause;
-            done
+            Flush {
+                age,
+                became_late,
+                done,
+            }
         });
         flushes.collect()
     }
 
     #[test]
     fn nothing_is_older_than_the_interval_though_a_flush_takes_twice_as_long_as_the_last() {
-        let done = flushes(&[
+        let flushes = flushes(&[
             600, 0, 600, 1200, 2400, 2495, 2495, 100, 600, 1200, 0, 0, 600,
         ]);
-        for done in &done {
-            assert!(done.age <= INTERVAL && !done.has_become_late, "{done:?}");
+        for flush in &flushes {
+            assert!(flush.age <= INTERVAL && !flush.became_late, "{flush:?}");
         }
     }
 
     #[test]
     fn the_interval_is_used() {
-        for done in flushes(&[0, 10, 100, 10, 0]) {
-            assert!(done.age >= INTERVAL * 7 / 8, "{done:?}");
+        for flush in flushes(&[0, 10, 100, 10, 0]) {
+            assert!(flush.age >= INTERVAL * 7 / 8, "{flush:?}");
         }
     }
 
     #[test]
     fn that_it_is_late_is_said_once_until_it_is_in_time_again() {
-        let done = flushes(&[0, 3000, 3000, 3000, 2000, 2000, 3001]);
-        let late: Vec<bool> = done.iter().map(|d| d.has_become_late).collect();
+        let flushes = flushes(&[0, 3000, 3000, 3000, 2000, 2000, 3001]);
+        let late: Vec<bool> = flushes.iter().map(|f| f.became_late).collect();
         assert_eq!(late, [false, true, false, false, false, false, true]);
-        assert!(done[1..4].iter().all(|d| d.pause == REST));
+        let again = flushes.iter().map(|f| f.done.is_in_time_again);
+        let again: Vec<bool> = again.collect();
+        assert_eq!(again, [false, false, false, false, false, true, false]);
+        assert!(flushes[1..4].iter().all(|f| f.done.pause == REST));
+    }
+
+    #[test]
+    fn a_flush_that_hangs_is_late_before_it_ends_and_a_pause_never_is() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(INTERVAL, start);
+        assert_eq!(schedule.becomes_late(start + INTERVAL * 2), None);
+        schedule.under_way = Some(start + INTERVAL);
+        assert_eq!(schedule.becomes_late(start + INTERVAL), None);
+        let late = start + INTERVAL + Duration::from_millis(1);
+        assert_eq!(schedule.becomes_late(late), Some(late - start));
+        assert_eq!(schedule.becomes_late(late + INTERVAL), None);
     }
 }
