@@ -59,6 +59,7 @@ pass_on() {
         echo "$line" >&3
         case $line in
         *"backend: flushing is slow"*) echo LAB-LATE >&4 ;;
+        *"backend: flushing is in time again"*) echo LAB-IN-TIME >&4 ;;
         "first "[0-9]* | "second "[0-9]* | "pmem0 "[0-9]*) echo "LAB-TOLD $line" >&4 ;;
         *"held: pmem0 "[0-9]*) echo "LAB-HELD ${line##*held: }" >&4 ;;
         *) echo "guest: $line" ;;
@@ -75,10 +76,14 @@ tell_what_is_held() {
     echo "held: $held"
 }
 
-# Then what is old is not promised.
+# While they are, what is old is not promised.
 tell_if_flushes_are_late() {
-    until grep -q 'flushing is slow' /tmp/backend0.log; do usleep 100000; done
-    echo "backend: flushing is slow"
+    said=
+    while usleep 100000; do
+        now=$(grep -o 'flushing is .*' /tmp/backend0.log | tail -n 1)
+        [ "$now" = "$said" ] || echo "backend: $now"
+        said=$now
+    done
 }
 
 # run_writers DEVICE: says what is to be passed on, for ever.

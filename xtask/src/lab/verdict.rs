@@ -3,7 +3,7 @@
 //!
 //! The reports are `LAB-TOLD <writer> <records>` (the guest's fsync has returned), `LAB-HELD <writer> <records>` (these had
 //! been told before a flush by the backend began, and it has ended), `LAB-LATE` (the backend said that its flushes do not keep
-//! up) and, after the loss, `LAB-FOUND <writer> <records>`.
+//! up), `LAB-IN-TIME` (that they do again) and, after the loss, `LAB-FOUND <writer> <records>`.
 //! Knows no machine.
 
 use std::collections::BTreeMap;
@@ -47,8 +47,10 @@ impl Records {
     /// Takes in one line that was read at `at`. The power is lost no earlier than the last acknowledgement is.
     pub fn take(&mut self, line: &str, promise: Promise, at: Instant) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        if words[..] == ["LAB-LATE"] {
-            self.is_late = true;
+        match words[..] {
+            ["LAB-LATE"] => self.is_late = true,
+            ["LAB-IN-TIME"] => self.is_late = false,
+            _ => {}
         }
         let [kind, writer, number] = words[..] else {
             return;
@@ -223,6 +225,8 @@ mod tests {
         assert!(bad.contains("of 1 records of a"), "{bad}");
         let late = found("LAB-LATE").fault(PROMISE).unwrap();
         assert!(late.contains("was late"), "{late}");
+        let before = [&["LAB-LATE", "LAB-IN-TIME"], &told[..], &["LAB-FOUND a 1"]].concat();
+        assert_eq!(records(&before, PROMISE).fault(PROMISE), None);
     }
 
     #[test]
