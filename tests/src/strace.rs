@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A process that is killed, or held up, on its way into a chosen system call, by strace(1).
+//! A process that is killed, held up or refused on its way into a chosen system call, by strace(1).
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -15,6 +15,15 @@ pub struct Strace {
     process: Child,
 }
 
+/// Which threads are concerned.
+#[derive(Debug, Clone, Copy)]
+enum Tasks {
+    /// All of a process.
+    All(u32),
+    /// This one.
+    One(u32),
+}
+
 impl Strace {
     /// Has `process` killed when one of its threads comes to its `number`th system call `call` from now on, which is not
     /// carried out.
@@ -22,7 +31,8 @@ impl Strace {
     /// # Panics
     /// If strace is not there, or may not observe the process.
     pub fn kill_at(process: u32, call: &str, number: u32) -> Self {
-        Self::inject(process, call, &format!("signal=KILL:when={number}"))
+        let what = format!("signal=KILL:when={number}");
+        Self::inject(process, Tasks::All(process), call, &what)
     }
 
     /// Has the threads of `process` wait for `time` before each system call `call`, as for storage that hangs.
@@ -30,15 +40,44 @@ impl Strace {
     /// # Panics
     /// If strace is not there, or may not observe the process.
     pub fn hold_up(process: u32, call: &str, time: Duration) -> Self {
-        Self::inject(process, call, &format!("delay_enter={}", time.as_micros()))
+        let what = format!("delay_enter={}", time.as_micros());
+        Self::inject(process, Tasks::All(process), call, &what)
     }
 
-    fn inject(process: u32, call: &str, what: &str) -> Self {
+    /// Has each system call `call` of `process` fail with `error`.
+    ///
+    /// # Panics
+    /// If strace is not there, or may not observe the process.
+    pub fn fail(process: u32, call: &str, error: &str) -> Self {
+        let what = format!("error={error}");
+        Self::inject(process, Tasks::All(process), call, &what)
+    }
+
+    /// Has each system call `call` of one thread of `process` fail with `error`.
+    ///
+    /// # Panics
+    /// If strace is not there, or may not observe the process, or that has no thread of this name.
+    pub fn fail_in_thread(process: u32, name: &str, call: &str, error: &str) -> Self {
+        let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        let mut folders = tasks.map(|task| task.unwrap().path());
+        let named = folders.find(|f| fs::read_to_string(f.join("comm")).unwrap().trim() == name);
+        let folder = named.unwrap_or_else(|| panic!("there is no thread {name}"));
+        let task = folder.file_name().unwrap().to_str().unwrap();
+        let what = format!("error={error}");
+        Self::inject(process, Tasks::One(task.parse().unwrap()), call, &what)
+    }
+
+    fn inject(process: u32, tasks: Tasks, call: &str, what: &str) -> Self {
+        let (follow, task): (&[&str], u32) = match tasks {
+            Tasks::All(process) => (&["-f"], process),
+            Tasks::One(task) => (&[], task),
+        };
         let mut strace = Command::new("strace")
-            .args(["-f", "-e", &format!("trace={call}"), "-e", "signal=none"])
+            .args(follow)
+            .args(["-e", &format!("trace={call}"), "-e", "signal=none"])
             .args(["-e", &format!("inject={call}:{what}")])
             .args(["-o", "/dev/null"])
-            .args(["-p", &process.to_string()])
+            .args(["-p", &task.to_string()])
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("strace is needed and cannot be run: {e}"));

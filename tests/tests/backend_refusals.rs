@@ -486,3 +486,23 @@ fn a_flush_that_hangs_is_told_of_while_it_does() {
     drop(storage);
     backend.wait_for_log("flushing is in time again");
 }
+
+#[test]
+fn a_backend_that_cannot_wait_any_more_flushes_before_it_ends() {
+    let s = Scratch::new();
+    let image = s.image("image", 4 * MIB, 64 << 10);
+    let mut backend = Backend::start(&image, &["--flush-interval", "0"]);
+    let frontend = connect(backend.socket());
+    Memory::new(frontend.region()).store(8, 7);
+    let live = || {
+        let report = check(&Stored::open(&image, &[]).unwrap()).unwrap();
+        report.live_clusters
+    };
+    assert_eq!(live(), 1, "flushed without being asked");
+    let kernel = Strace::fail(backend.pid(), "ppoll", "ENOMEM");
+    assert_eq!(backend.wait().code(), Some(FAILURE));
+    kernel.end();
+    let log = backend.log().join("\n");
+    assert!(log.contains("cannot wait for frontends"), "{log}");
+    assert_eq!(live(), 0);
+}

@@ -15,6 +15,7 @@ use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
 use pcow_tests::qmp::Qmp;
 use pcow_tests::scratch::Scratch;
+use pcow_tests::strace::Strace;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -304,4 +305,22 @@ fn a_read_only_image_has_no_socket_and_another_place_can_be_chosen() {
         .unwrap()
         .unwrap();
     ask(&mut client, "query-status");
+}
+
+#[test]
+fn a_kernel_that_has_no_memory_for_a_while_ends_no_control_socket() {
+    let served = serve(&[]);
+    let kernel = Strace::fail_in_thread(served.backend.pid(), "control", "ppoll", "ENOMEM");
+    // It wakes whoever waits already.
+    let came_meanwhile = UnixStream::connect(served.image.join(SOCKET_FILE)).unwrap();
+    served
+        .backend
+        .wait_for_log("control: cannot wait for connections");
+    drop(kernel);
+    came_meanwhile.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut greeting = String::new();
+    BufReader::new(came_meanwhile)
+        .read_line(&mut greeting)
+        .unwrap();
+    assert!(greeting.contains("QMP"), "{greeting}");
 }
