@@ -311,12 +311,13 @@ fn a_read_only_image_has_no_socket_and_another_place_can_be_chosen() {
 fn a_kernel_that_has_no_memory_for_a_while_ends_no_control_socket() {
     let served = serve(&[]);
     let kernel = Strace::fail_in_thread(served.backend.pid(), "control", "ppoll", "ENOMEM");
-    // It wakes whoever waits already.
-    let came_meanwhile = UnixStream::connect(served.image.join(SOCKET_FILE)).unwrap();
+    // Whoever waited already may have to be woken to wait again.
+    let wakes = UnixStream::connect(served.image.join(SOCKET_FILE)).unwrap();
     served
         .backend
         .wait_for_log("control: cannot wait for connections");
-    drop(kernel);
+    let came_meanwhile = UnixStream::connect(served.image.join(SOCKET_FILE)).unwrap();
+    drop((kernel, wakes));
     came_meanwhile.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut greeting = String::new();
     BufReader::new(came_meanwhile)
