@@ -10,7 +10,8 @@ use rustix::io::Errno;
 const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Waits for one of `fds`, no longer than `patience` if there is one; returns early, with none ready, if interrupted.
+/// Waits for one of `fds`, no longer than `patience` if there is one, and the second that failures may take; returns early,
+/// with none ready, if interrupted.
 ///
 /// # Errors
 /// That of the kernel, if it fails again and again for a second.

@@ -23,7 +23,7 @@ use flusher::Flusher;
 /// Connections at a time: one frontend, and others that find that out.
 const MAX_CONNECTIONS: usize = 16;
 
-/// How long it takes at most until a connection that has ended, or a flush that is late, is noticed.
+/// How long it takes at most until a connection that has ended is noticed.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a clean end may take to give back what a guest has only read. What remains stays data.
@@ -95,24 +95,15 @@ impl Server {
                 .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
             self.connect(stream)?;
         }
-        let served = self.serve(endpoint, signals, flusher.as_ref());
-        drop(flusher);
+        let served = self.serve(endpoint, signals);
         // However it ends, what was stored is flushed.
-        let finished = self.finish();
+        let finished = self.finish(flusher);
         served.and(finished)
     }
 
-    fn serve(
-        &self,
-        endpoint: &Endpoint,
-        signals: &Signals,
-        flusher: Option<&Flusher>,
-    ) -> Result<(), Failure> {
+    fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {
         loop {
             let woken = wait(endpoint, signals, &self.quit)?;
-            if let Some(flusher) = flusher {
-                flusher.watch();
-            }
             if woken.signal || woken.quit {
                 let why = if woken.signal { signals.take() } else { "quit" };
                 log::info!("{why}: ending");
@@ -177,9 +168,13 @@ impl Server {
     /// Makes everything durable, then ends all sessions. In this order, since a guest pauses from the end of its session to
     /// the first fault that the next backend serves. What it stores in between is in the page cache, where that one finds
     /// it; a guest goes on storing to what it has mapped anyway, so no flush at the very end would be the last.
-    fn finish(&self) -> Result<(), Failure> {
+    fn finish(&self, flusher: Option<Flusher>) -> Result<(), Failure> {
+        // The guest goes on storing meanwhile, and flushes go on.
         self.offer.give_back(Instant::now() + GIVE_BACK);
-        let flushed = self.offer.flush();
+        let flushed = match flusher {
+            Some(flusher) => flusher.end(),
+            None => self.offer.flush(),
+        };
         self.offer.ending.store(true, Ordering::SeqCst);
         for running in self.lock().drain(..) {
             // It may have ended by itself.
@@ -203,7 +198,7 @@ struct Woken {
     quit: bool,
 }
 
-/// Waits for a connection or a signal, and not for long: connections that have ended, and a late flush, are noticed then.
+/// Waits for a connection or a signal, and not for long: connections that have ended are noticed then.
 fn wait(endpoint: &Endpoint, signals: &Signals, quit: &Quit) -> Result<Woken, Failure> {
     let signal = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
     let quit = PollFd::from_borrowed_fd(quit.0.as_fd(), PollFlags::IN);

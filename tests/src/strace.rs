@@ -8,6 +8,11 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::waiting::wait_until;
+
+/// Longer than a thread takes to begin on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A process under observation. It runs on, without, when this is dropped.
 #[derive(Debug)]
 pub struct Strace {
@@ -44,27 +49,19 @@ impl Strace {
         Self::inject(process, Tasks::All(process), call, &what)
     }
 
-    /// Has each system call `call` of `process` fail with `error`.
-    ///
-    /// # Panics
-    /// If strace is not there, or may not observe the process.
-    pub fn fail(process: u32, call: &str, error: &str) -> Self {
-        let what = format!("error={error}");
-        Self::inject(process, Tasks::All(process), call, &what)
-    }
-
-    /// Has each system call `call` of one thread of `process` fail with `error`.
+    /// Has each system call `call` of the thread `name` of `process` fail with `error`.
     ///
     /// # Panics
     /// If strace is not there, or may not observe the process, or that has no thread of this name.
     pub fn fail_in_thread(process: u32, name: &str, call: &str, error: &str) -> Self {
-        let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
-        let mut folders = tasks.map(|task| task.unwrap().path());
-        let named = folders.find(|f| fs::read_to_string(f.join("comm")).unwrap().trim() == name);
-        let folder = named.unwrap_or_else(|| panic!("there is no thread {name}"));
-        let task = folder.file_name().unwrap().to_str().unwrap();
+        let mut task = None;
+        // It takes its name itself, after it was started.
+        wait_until(&format!("a thread {name}"), PATIENCE, || {
+            task = task_named(process, name);
+            task.is_some()
+        });
         let what = format!("error={error}");
-        Self::inject(process, Tasks::One(task.parse().unwrap()), call, &what)
+        Self::inject(process, Tasks::One(task.unwrap()), call, &what)
     }
 
     fn inject(process: u32, tasks: Tasks, call: &str, what: &str) -> Self {
@@ -110,6 +107,17 @@ impl Strace {
         let _ = kill_process(pid, Signal::TERM);
         let _ = self.process.wait();
     }
+}
+
+/// The thread of `process` that is called so. Others may end meanwhile.
+fn task_named(process: u32, name: &str) -> Option<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let mut tasks = tasks.filter_map(|task| Some(task.ok()?.path()));
+    let named = tasks.find(|task| {
+        let comm = fs::read_to_string(task.join("comm"));
+        comm.is_ok_and(|comm| comm.trim() == name)
+    });
+    named?.file_name()?.to_str()?.parse().ok()
 }
 
 /// Whether there is nothing left of `process` but what its parent has to wait for.

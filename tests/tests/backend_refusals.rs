@@ -488,6 +488,27 @@ fn a_flush_that_hangs_is_told_of_while_it_does() {
 }
 
 #[test]
+fn what_a_virtual_machine_stored_is_flushed_though_it_ends_before_it_is_back() {
+    let s = Scratch::new();
+    let image = s.image("image", 4 * MIB, 64 << 10);
+    let mut first = Backend::start(&image, &["--flush-interval", "0"]);
+    let frontend = connect(first.socket());
+    Memory::new(frontend.region()).store(8, 7);
+    first.kill();
+    // It is not found by the frontend, which keeps the image until it ends.
+    let elsewhere = Backend::start_at(&s.path("s"), &image, &["--flush-interval", "1"]);
+    elsewhere.wait_for_log("waiting for it to come back");
+    wait_until("a flush", Duration::from_secs(60), || {
+        let report = check(&Stored::open(&image, &[]).unwrap()).unwrap();
+        report.live_clusters == 0
+    });
+    drop(frontend);
+    // Flushes go on: the next one hangs.
+    let _storage = Strace::hold_up(elsewhere.pid(), "fdatasync", Duration::from_secs(3600));
+    elsewhere.wait_for_log("flushing is slow");
+}
+
+#[test]
 fn a_backend_that_cannot_wait_any_more_flushes_before_it_ends() {
     let s = Scratch::new();
     let image = s.image("image", 4 * MIB, 64 << 10);
@@ -499,7 +520,8 @@ fn a_backend_that_cannot_wait_any_more_flushes_before_it_ends() {
         report.live_clusters
     };
     assert_eq!(live(), 1, "flushed without being asked");
-    let kernel = Strace::fail(backend.pid(), "ppoll", "ENOMEM");
+    // Only there: a frontend's thread that cannot wait flushes as well.
+    let kernel = Strace::fail_in_thread(backend.pid(), "pcow-backend", "ppoll", "ENOMEM");
     assert_eq!(backend.wait().code(), Some(FAILURE));
     kernel.end();
     let log = backend.log().join("\n");

@@ -86,15 +86,18 @@ tell_if_flushes_are_late() {
     done
 }
 
-# run_writers DEVICE: says what is to be passed on, for ever.
+# run_writers DEVICE: says what is to be passed on, until the guest ends, which it should not.
 run_writers() {
+    teller=
     case $1 in
-    nvdimm-flush) tell_what_is_held & ;;
-    nvdimm-interval) tell_if_flushes_are_late & ;;
+    nvdimm-flush) tell_what_is_held & teller=$! ;;
+    nvdimm-interval) tell_if_flushes_are_late & teller=$! ;;
     esac
     boot_machine -chardev socket,id=c0,path=/tmp/backend0.sock \
         -object memory-backend-pcow,id=pm0,chardev=c0 \
-        -device "$memory_device,memdev=pm0" </dev/null 2>&1
+        -device "$memory_device,memdev=pm0" </dev/null 2>&1 || echo "its emulator: $?"
+    # It may have ended by itself.
+    [ -z "$teller" ] || kill "$teller" || :
 }
 
 # write_until_the_power_is_lost FILESYSTEM DEVICE

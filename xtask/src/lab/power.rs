@@ -34,6 +34,9 @@ const ACKNOWLEDGEMENTS: std::ops::Range<u64> = 40..200;
 /// Within which a backend makes durable what was stored, by default.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Until what a backend logs has come out of a machine that is busy: that its flushes are late, which it says at once.
+const TELLING: Duration = Duration::from_secs(1);
+
 /// Before and after the loss; each has a boot and a log of its own.
 const PHASES: &[&str] = &["write", "verify"];
 
@@ -66,7 +69,7 @@ impl Device {
         match self {
             Self::VirtioPmem => Promise::Told,
             Self::NvdimmFlush => Promise::Held,
-            Self::NvdimmInterval => Promise::Older(FLUSH_INTERVAL),
+            Self::NvdimmInterval => Promise::Older(FLUSH_INTERVAL + TELLING),
         }
     }
 
