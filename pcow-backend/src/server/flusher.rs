@@ -3,8 +3,8 @@
 //! watches it, and says so if what is stored is not durable in time: storage may be slow, or hang.
 //!
 //! A guest stores into what was mapped into it whether it has a session or not. So flushes are due from when a frontend was
-//! attached, or, if one had the image when this began, from then on: nobody has flushed since its backend ended, and it may
-//! end itself before it is back.
+//! attached, or, if one had the image when this began, from then on: it may end before it is back. And one is due at once,
+//! since nobody knows what was stored before: a backend and its guest may have ended together.
 
 mod schedule;
 
@@ -44,10 +44,20 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     schedule: Schedule,
+    /// What the watcher has to say, in this order.
+    news: Vec<News>,
     /// Whether no other flush is to begin by itself.
     is_ending: bool,
     /// Whether there is nothing left to watch.
     is_over: bool,
+}
+
+/// What is said of flushes.
+#[derive(Debug, Clone, Copy)]
+enum News {
+    /// The age of what was stored and was not durable.
+    Late(Duration),
+    InTimeAgain,
 }
 
 impl Flusher {
@@ -63,6 +73,7 @@ impl Flusher {
             interval,
             state: Mutex::new(State {
                 schedule: Schedule::new(interval, Instant::now()),
+                news: Vec::new(),
                 is_ending: false,
                 is_over: false,
             }),
@@ -120,17 +131,13 @@ impl Thread {
 
 impl Shared {
     fn work(&self, is_kept: bool) {
-        let mut is_used = is_kept;
-        let mut patience = if is_kept {
-            Duration::ZERO
-        } else {
-            schedule::pause_after(Duration::ZERO, self.interval)
-        };
+        let (mut is_due, mut is_used) = (true, is_kept);
+        let mut patience = Duration::ZERO;
         while !self.ends_within(patience) {
             // Each time: so the lock is taken that a frontend leaves which does not come back.
             let _ = self.offer.disk.lock();
             is_used |= self.offer.place.was_taken();
-            if !is_used {
+            if !std::mem::replace(&mut is_due, is_used) {
                 self.change(|state| state.schedule.skip(Instant::now()));
                 patience = schedule::pause_after(Duration::ZERO, self.interval);
                 continue;
@@ -151,32 +158,33 @@ impl Shared {
             self.change(|state| state.schedule.give_up());
             return Err(e);
         }
-        let (late, done) = self.change(|state| {
+        let done = self.change(|state| {
             let now = Instant::now();
             // The watcher may not have been in time itself.
-            let late = state.schedule.becomes_late(now);
-            (late, state.schedule.done(now))
+            state.note_late(now);
+            let done = state.schedule.done(now);
+            if done.is_in_time_again {
+                state.news.push(News::InTimeAgain);
+            }
+            done
         });
-        if let Some(age) = late {
-            self.say_late(age);
-        }
-        if done.is_in_time_again {
-            log::info!("flushing is in time again");
-        }
         Ok(done.pause)
     }
 
-    /// Says so when a flush is late.
+    /// Says so when a flush is late, and when they are in time again.
     fn watch(&self) {
         let mut state = self.lock();
-        while !state.is_over {
+        loop {
             let now = Instant::now();
-            let late = state.schedule.becomes_late(now);
-            if let Some(age) = late {
-                // Not under the lock: whoever reads the log may be as slow.
+            state.note_late(now);
+            let news = std::mem::take(&mut state.news);
+            if !news.is_empty() {
+                // Not under the lock: whoever reads the log may be slow, too.
                 drop(state);
-                self.say_late(age);
+                news.iter().for_each(|news| self.say(*news));
                 state = self.lock();
+            } else if state.is_over {
+                return;
             } else if let Some(patience) = state.schedule.until_late(now) {
                 let waited = self.changed.wait_timeout(state, patience);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -187,12 +195,15 @@ impl Shared {
         }
     }
 
-    fn say_late(&self, age: Duration) {
-        log::warn!(
-            "flushing is slow: what was stored {:.1} s ago was not durable yet, and --flush-interval is {} s",
-            age.as_secs_f32(),
-            self.interval.as_secs()
-        );
+    fn say(&self, news: News) {
+        match news {
+            News::Late(age) => log::warn!(
+                "flushing is slow: what was stored {:.1} s ago was not durable yet, and --flush-interval is {} s",
+                age.as_secs_f32(),
+                self.interval.as_secs()
+            ),
+            News::InTimeAgain => log::info!("flushing is in time again"),
+        }
     }
 
     /// Whether the end of the work is wanted within `patience`.
@@ -212,5 +223,12 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nobody panics while it is half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn note_late(&mut self, now: Instant) {
+        let late = self.schedule.becomes_late(now);
+        self.news.extend(late.map(News::Late));
     }
 }

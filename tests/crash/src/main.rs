@@ -43,7 +43,7 @@ struct Arguments {
     #[arg(long)]
     no_short: bool,
     /// Only in this scene (may be repeated); all otherwise
-    #[arg(long, value_name = "NAME", value_parser = scene_names())]
+    #[arg(long, value_name = "NAME", value_parser = scene_names(), conflicts_with_all = ["mutants", "errors", "replay"])]
     scene: Vec<String>,
     /// Put faults into the format, one at a time, and say whether the search finds them; only those with PART in their name
     #[arg(long, value_name = "PART", num_args = 0..=1, default_missing_value = "")]
