@@ -131,14 +131,15 @@ impl Thread {
 
 impl Shared {
     fn work(&self, is_kept: bool) {
-        let (mut is_due, mut is_used) = (true, is_kept);
+        let (mut is_first, mut is_used) = (true, is_kept);
         let mut patience = Duration::ZERO;
         while !self.ends_within(patience) {
             // Each time: so the lock is taken that a frontend leaves which does not come back.
             let _ = self.offer.disk.lock();
+            let looked = Instant::now();
             is_used |= self.offer.place.was_taken();
-            if !std::mem::replace(&mut is_due, is_used) {
-                self.change(|state| state.schedule.skip(Instant::now()));
+            if !(std::mem::take(&mut is_first) || is_used) {
+                self.change(|state| state.schedule.skip(looked));
                 patience = schedule::pause_after(Duration::ZERO, self.interval);
                 continue;
             }
