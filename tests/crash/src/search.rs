@@ -240,6 +240,13 @@ const LONGER: &[&[&str]] = &[
         "give up",
         "delete below a sealed layer, sharing",
     ],
+    // Under the older root, the active layer lies on the old base, and holds less than it did then.
+    &[
+        "delete below a sealed layer, beside a guest",
+        "rebase on nothing",
+        "write zeros",
+        "older root",
+    ],
     // The older root's layer was last used in another boot.
     &["snapshot", "reboot", "store to base", "flush", "older root"],
 ];

@@ -60,8 +60,8 @@ pass_on() {
         case $line in
         *"backend: flushing is slow"*) echo LAB-LATE >&4 ;;
         *"backend: flushing is in time again"*) echo LAB-IN-TIME >&4 ;;
-        "first "[0-9]* | "second "[0-9]* | "pmem0 "[0-9]*) echo "LAB-TOLD $line" >&4 ;;
         *"held: pmem0 "[0-9]*) echo "LAB-HELD ${line##*held: }" >&4 ;;
+        "first "[0-9]* | "second "[0-9]* | "pmem0 "[0-9]*) echo "LAB-TOLD $line" >&4 ;;
         *) echo "guest: $line" ;;
         esac
     done

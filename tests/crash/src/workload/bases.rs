@@ -26,7 +26,9 @@ impl Run<'_> {
         }
         let mut after = self.model().clone();
         after.disk.promise_all();
-        let name = self.slot().name;
+        let slot = self.slot_mut();
+        slot.before_rebase = slot.roots.len();
+        let name = slot.name;
         self.change_tree(&[after], |image| image.rebase(base, name).map(drop))
     }
 
@@ -48,7 +50,9 @@ impl Run<'_> {
             rebase_unsafe_of(stored, Some(&other_base()), name).map(drop)
         })?;
         // Under a root of before, what is stored from now on lies on the old base, as it never did.
-        self.slot_mut().roots.clear();
+        let slot = self.slot_mut();
+        slot.roots.clear();
+        slot.before_rebase = 0;
         self.reopen()
     }
 

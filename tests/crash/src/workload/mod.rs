@@ -44,6 +44,8 @@ pub struct OlderRoot {
     pub unnamed: Vec<Uuid>,
     /// What the image has shown after each piece of an operation.
     pub past: Vec<Contents>,
+    /// Whether the image was rebased since: then the active layer lies on another base under the older root.
+    pub is_on_another_base: bool,
 }
 
 /// What the images must show after a crash.
@@ -104,6 +106,8 @@ struct Slot {
     past: Vec<Contents>,
     /// Texts that its root has had.
     roots: Vec<Vec<u8>>,
+    /// How many of them it had when it was last rebased.
+    before_rebase: usize,
 }
 
 /// A workload under way.
@@ -155,6 +159,7 @@ impl<'a> Run<'a> {
                 name,
                 past: vec![model.disk.now().clone()],
                 roots: vec![tree::root_text(&image)?],
+                before_rebase: 0,
                 image: Some(Arc::new(image)),
                 model: model.clone(),
                 unflushed: Vec::new(),

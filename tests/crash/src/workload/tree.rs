@@ -11,7 +11,7 @@ use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
 use uuid::Uuid;
 
 use super::{Expected, OlderRoot, Run};
-use crate::model::{Model, Role, Snapshot};
+use crate::model::{Contents, Model, Role, Snapshot};
 use crate::random::newest;
 use crate::setting::{self, Setting, text};
 
@@ -214,23 +214,24 @@ impl Run<'_> {
 
     /// The root of before comes back, out of a backup.
     pub(super) fn older_root(&mut self) -> Result<bool, String> {
-        match self.slot().roots.as_slice() {
-            [.., older, _] => self.under(older.clone()),
-            _ => Ok(false),
+        match self.slot().roots.len().checked_sub(2) {
+            Some(before) => self.under(before),
+            None => Ok(false),
         }
     }
 
     /// The first root comes back, which is not the one of before.
     pub(super) fn oldest_root(&mut self) -> Result<bool, String> {
-        match self.slot().roots.as_slice() {
-            [oldest, _, _, ..] => self.under(oldest.clone()),
-            _ => Ok(false),
+        if self.slot().roots.len() < 3 {
+            return Ok(false);
         }
+        self.under(0)
     }
 
     /// Somebody opens the image under an older root; then the newest one is put back. What the older root does not name must
     /// still be there.
-    fn under(&mut self, older: Vec<u8>) -> Result<bool, String> {
+    fn under(&mut self, number: usize) -> Result<bool, String> {
+        let older = self.slot().roots[number].clone();
         let newest = self.slot().roots.last().cloned();
         let newest = newest.ok_or("an image without a root")?;
         let unnamed = only_in_newest(self.image().root(), &Root::decode(&older).map_err(text)?);
@@ -241,10 +242,12 @@ impl Run<'_> {
         }
         self.slot_mut().image = None;
         let past = self.slot().past.clone();
+        let is_on_another_base = number < self.slot().before_rebase;
         self.older = Some(Arc::new(OlderRoot {
             newest,
             unnamed,
             past,
+            is_on_another_base,
         }));
         self.transition(&[], |run| {
             put_root(&run.sim, run.slot().name, &older)?;
@@ -254,6 +257,17 @@ impl Run<'_> {
         })?;
         self.older = None;
         self.reopen()
+    }
+}
+
+impl OlderRoot {
+    /// A rebase leaves the active layer as the older root names it. Where that holds nothing any more, as after zeros were
+    /// written on a base that holds nothing either, the older root shows the old base again, beside what was stored since.
+    /// So then it is each cluster that was there once, and not all of them together.
+    fn has_shown(&self, found: &Contents) -> bool {
+        let mut clusters = found.0.iter().enumerate();
+        let mut each_was_there = || clusters.all(|(i, c)| self.past.iter().any(|p| p.0[i] == *c));
+        self.past.contains(found) || (self.is_on_another_base && each_was_there())
     }
 }
 
@@ -275,7 +289,7 @@ pub fn put_newest_back(
             let found = setting::read_tracked(setting.plan(), |at, buf| image.read(at, buf))?;
             let mut models = expected.possible.iter();
             let may_be = models.any(|m| m.disk.check_after_cut(&found).is_ok());
-            if !may_be && !older.past.contains(&found) {
+            if !may_be && !older.has_shown(&found) {
                 return Err("an older root shows what was never there".to_owned());
             }
         }
