@@ -165,16 +165,21 @@ impl Disk {
 
     /// Whether a power cut may leave `found`: each word as promised, or as stored since.
     pub fn check_after_cut(&self, found: &Contents) -> Result<(), String> {
-        for (index, (found, promised)) in found.0.iter().zip(&self.promised.0).enumerate() {
-            for at in differing_words(found, promised) {
-                let value = word(found, at);
-                let later = self.later.get(&(index, at));
-                if !later.is_some_and(|l| l.contains(&value)) {
-                    let promised = word(promised, at);
-                    return Err(format!(
-                        "tracked cluster {index} byte {at}: found {value:#x}, promised {promised:#x}, stored since {later:x?}"
-                    ));
-                }
+        let mut clusters = found.0.iter().enumerate();
+        clusters.try_for_each(|(index, found)| self.check_cluster_after_cut(index, found))
+    }
+
+    /// The same of one tracked cluster.
+    pub fn check_cluster_after_cut(&self, index: usize, found: &[u8]) -> Result<(), String> {
+        let promised = &self.promised.0[index];
+        for at in differing_words(found, promised) {
+            let value = word(found, at);
+            let later = self.later.get(&(index, at));
+            if !later.is_some_and(|l| l.contains(&value)) {
+                let promised = word(promised, at);
+                return Err(format!(
+                    "tracked cluster {index} byte {at}: found {value:#x}, promised {promised:#x}, stored since {later:x?}"
+                ));
             }
         }
         Ok(())

@@ -98,7 +98,7 @@ pub const LONG: Limits = Limits {
 /// For the long form: the more contents are looked at behind one opening, the less time goes into openings.
 pub const LONGEST: Limits = Limits {
     name: "longest",
-    contents: 32768,
+    contents: 16384,
     ..LONG
 };
 
@@ -112,6 +112,8 @@ pub fn limits_named(name: &str) -> Option<Limits> {
 const MAX_FIRST_STORES: usize = 40;
 /// Operations of a long workload after that, at most.
 const MAX_OPERATIONS: usize = 64;
+/// Operations to choose from, at most, where there are only a few.
+const MAX_FEW: usize = 12;
 
 /// Threads of a search.
 const THREADS: usize = 2;
@@ -240,7 +242,15 @@ const LONGER: &[&[&str]] = &[
         "give up",
         "delete below a sealed layer, sharing",
     ],
-    // Under the older root, the active layer lies on the old base, and holds less than it did then.
+    // Under the older root, the active layer lies on the base that it left, and holds less than it did then.
+    &[
+        "rebase",
+        "snapshot",
+        "rebase",
+        "rebase on nothing",
+        "write zeros",
+        "older root",
+    ],
     &[
         "delete below a sealed layer, beside a guest",
         "rebase on nothing",
@@ -327,10 +337,17 @@ pub fn explore_short(
 }
 
 /// A long workload by chance: stores and a flush, so that there is something to lose, then anything. Returns also how
-/// many operations come before the anything.
+/// many operations come before the anything. Every second one is of a few operations only, again and again: among all of
+/// them, those that meet badly rarely do.
 pub fn long_workload(random: &mut Random) -> (Workload, usize) {
     let weights = OPERATIONS.iter().flat_map(|o| vec![o; o.weight]);
-    let weighted: Workload = weights.collect();
+    let mut weighted: Workload = weights.collect();
+    if random.once_in(2) {
+        let few = 4 + random.below(MAX_FEW - 3);
+        weighted = (0..few)
+            .map(|_| weighted[random.below(weighted.len())])
+            .collect();
+    }
     let stores = random.below(MAX_FIRST_STORES);
     let named = |name| Operation::named(name).expect("in the table");
     let mut workload = vec![named("store anywhere"); stores];

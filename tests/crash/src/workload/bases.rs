@@ -8,7 +8,7 @@ use pcow_format::medium::sim::Sim;
 use pcow_format::ops::{Base, create_in, rebase_unsafe_of};
 use pcow_format::{Cluster, Source};
 
-use super::{Expected, Run};
+use super::{Expected, LeftBase, Run};
 use crate::model::{CLUSTER_BYTES, Contents, Model, Plan, Role};
 use crate::setting::{self, OTHER, Setting, text};
 
@@ -26,9 +26,9 @@ impl Run<'_> {
         }
         let mut after = self.model().clone();
         after.disk.promise_all();
-        let slot = self.slot_mut();
-        slot.before_rebase = slot.roots.len();
-        let name = slot.name;
+        let left = self.base()?;
+        self.slot_mut().bases.push(left);
+        let name = self.slot().name;
         self.change_tree(&[after], |image| image.rebase(base, name).map(drop))
     }
 
@@ -50,20 +50,31 @@ impl Run<'_> {
             rebase_unsafe_of(stored, Some(&other_base()), name).map(drop)
         })?;
         // Under a root of before, what is stored from now on lies on the old base, as it never did.
-        let slot = self.slot_mut();
-        slot.roots.clear();
-        slot.before_rebase = 0;
+        self.slot_mut().roots.clear();
         self.reopen()
+    }
+
+    /// What the active layer is on.
+    fn base(&self) -> Result<LeftBase, String> {
+        let (plan, name) = (self.setting.plan(), self.slot().name);
+        let stored = setting::stored(&self.sim, name, self.boot)?;
+        let active = stored.root().active_layer().map_err(text)?;
+        let contents = match active.parent {
+            Some(parent) => setting::layer_contents(plan, &stored, parent)?,
+            None => zeros(plan),
+        };
+        Ok(LeftBase {
+            layer: active.uuid,
+            parent: active.parent,
+            contents,
+        })
     }
 
     /// A rebase onto a base of another filesystem.
     pub(super) fn rebase_by_copy(&mut self) -> Result<bool, String> {
         (0..MAX_LINKS).for_each(|_| self.sim.fail(Site("adopt.link"), EXDEV));
         let done = self.rebase(Some(&other_base()));
-        if self.sim.forget_plans() == MAX_LINKS {
-            // Nothing was adopted: this is what another rebase does.
-            return Ok(false);
-        }
+        self.sim.forget_plans();
         done
     }
 
@@ -129,10 +140,8 @@ impl Run<'_> {
             let wrote = write_raw(&run.sim, &name, plan, written);
             wrote.map_err(|e| format!("{name}: {e}"))
         })?;
-        let cluster_len = self.model().disk.now().0[written].len();
-        let zeros = Arc::new(vec![0; cluster_len]);
-        let mut shown = Contents(vec![zeros; plan.clusters.len()]);
-        shown.0[written] = Arc::new(vec![RAW_BYTE; cluster_len]);
+        let mut shown = zeros(plan);
+        shown.0[written] = Arc::new(vec![RAW_BYTE; shown.0[written].len()]);
         self.create_on(Base::Raw { path: name.into() }, shown)
     }
 
@@ -158,6 +167,12 @@ pub fn other_base() -> Base {
         snapshot: None,
         reference: false,
     }
+}
+
+/// What a disk shows that is on nothing.
+fn zeros(plan: &Plan) -> Contents {
+    let cluster = Arc::new(vec![0; usize::try_from(CLUSTER_BYTES).unwrap_or(0)]);
+    Contents(vec![cluster; plan.clusters.len()])
 }
 
 /// A file as large as the disk that has bytes in one tracked cluster. Nothing of it is synced.

@@ -141,17 +141,15 @@ impl Run<'_> {
 
     /// Storage ahead of stores: for what no layer has, and for all words.
     pub(super) fn prepare(&mut self) -> Result<bool, String> {
-        let mut prepared = false;
         self.unseen(|image| image.active().reserve_map())?;
         let plan = self.setting.plan();
         for cluster in plan.with(Role::Absent).chain(plan.with(Role::Leftover)) {
             let cluster = Cluster(cluster);
             if self.image().source(cluster).map_err(text)? == Source::Nobody {
                 self.unseen(|image| image.active().prepare(cluster.only()))?;
-                prepared = true;
             }
         }
-        Ok(prepared)
+        Ok(self.sim.recorded() > 0)
     }
 
     /// Prepared storage that was not used is given back.

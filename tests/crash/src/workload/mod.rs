@@ -44,8 +44,15 @@ pub struct OlderRoot {
     pub unnamed: Vec<Uuid>,
     /// What the image has shown after each piece of an operation.
     pub past: Vec<Contents>,
-    /// Whether the image was rebased since: then the active layer lies on another base under the older root.
-    pub is_on_another_base: bool,
+    /// Whether the layer that is active under the older root is on another one since.
+    pub moved: Option<Moved>,
+}
+
+/// A layer is on another one now.
+#[derive(Debug)]
+pub struct Moved {
+    /// What a base shows that it left; `None` if what it was on was a snapshot, which the image has shown.
+    pub left: Option<Contents>,
 }
 
 /// What the images must show after a crash.
@@ -106,8 +113,16 @@ struct Slot {
     past: Vec<Contents>,
     /// Texts that its root has had.
     roots: Vec<Vec<u8>>,
-    /// How many of them it had when it was last rebased.
-    before_rebase: usize,
+    /// What its active layer was on before each rebase.
+    bases: Vec<LeftBase>,
+}
+
+/// What a layer was on before a rebase.
+#[derive(Debug)]
+struct LeftBase {
+    layer: Uuid,
+    parent: Option<Uuid>,
+    contents: Contents,
 }
 
 /// A workload under way.
@@ -159,7 +174,7 @@ impl<'a> Run<'a> {
                 name,
                 past: vec![model.disk.now().clone()],
                 roots: vec![tree::root_text(&image)?],
-                before_rebase: 0,
+                bases: Vec::new(),
                 image: Some(Arc::new(image)),
                 model: model.clone(),
                 unflushed: Vec::new(),
@@ -172,7 +187,13 @@ impl<'a> Run<'a> {
     pub fn perform(&mut self, operation: &Operation) -> Result<bool, String> {
         self.begin();
         if self.ended || !(operation.run)(self)? {
-            return Ok(false);
+            let name = operation.name;
+            return match self.sim.recorded() {
+                0 => Ok(false),
+                _ => Err(format!(
+                    "{name} is said to be impossible, and did something"
+                )),
+            };
         }
         let plan = self.setting.plan();
         let slot = &mut self.slots[self.at];

@@ -10,7 +10,7 @@ use pcow_format::root::{Kind, Root};
 use pcow_format::{ErrorKind, Image, ROOT_FILE, map, map_name};
 use uuid::Uuid;
 
-use super::{Expected, OlderRoot, Run};
+use super::{Expected, Moved, OlderRoot, Run};
 use crate::model::{Contents, Model, Role, Snapshot};
 use crate::random::newest;
 use crate::setting::{self, Setting, text};
@@ -234,20 +234,21 @@ impl Run<'_> {
         let older = self.slot().roots[number].clone();
         let newest = self.slot().roots.last().cloned();
         let newest = newest.ok_or("an image without a root")?;
-        let unnamed = only_in_newest(self.image().root(), &Root::decode(&older).map_err(text)?);
+        let root = Root::decode(&older).map_err(text)?;
+        let unnamed = only_in_newest(self.image().root(), &root);
         let untouched = self.is_untouched()?;
         if untouched || !all_hold_words(self.setting, &self.sim, self.slot().name, &unnamed)? {
             // I5: an unnamed layer that holds nothing may go.
             return Ok(false);
         }
+        let moved = self.moved_since(&root)?;
         self.slot_mut().image = None;
         let past = self.slot().past.clone();
-        let is_on_another_base = number < self.slot().before_rebase;
         self.older = Some(Arc::new(OlderRoot {
             newest,
             unnamed,
             past,
-            is_on_another_base,
+            moved,
         }));
         self.transition(&[], |run| {
             put_root(&run.sim, run.slot().name, &older)?;
@@ -258,16 +259,43 @@ impl Run<'_> {
         self.older = None;
         self.reopen()
     }
+
+    /// Whether the active layer of `older` is on another one now, and which base it left.
+    fn moved_since(&self, older: &Root) -> Result<Option<Moved>, String> {
+        let then = older.active_layer().map_err(text)?;
+        let now = self.image().root().layer(then.uuid);
+        if now.is_none_or(|now| now.parent == then.parent) {
+            return Ok(None);
+        }
+        let mut bases = self.slot().bases.iter();
+        let left = bases.find(|b| (b.layer, b.parent) == (then.uuid, then.parent));
+        let left = left.map(|b| b.contents.clone());
+        Ok(Some(Moved { left }))
+    }
 }
 
 impl OlderRoot {
-    /// A rebase leaves the active layer as the older root names it. Where that holds nothing any more, as after zeros were
-    /// written on a base that holds nothing either, the older root shows the old base again, beside what was stored since.
-    /// So then it is each cluster that was there once, and not all of them together.
-    fn has_shown(&self, found: &Contents) -> bool {
+    /// Whether the image may show `found` under this root where with the newest one it is one of `models`.
+    ///
+    /// It is what it showed once. But a rebase, or a deletion, puts the active layer on another one, and what is stored from
+    /// then on is there under the older root, too. Where the layer holds nothing any more, as after zeros were written on a
+    /// base that holds nothing either, the older root shows what the layer left, beside what was stored since. So then each
+    /// cluster was there once or is in the base that was left, and not all are of one time.
+    fn may_show(&self, found: &Contents, models: &[Model]) -> bool {
+        let may_be_now = |model: &Model| model.disk.check_after_cut(found).is_ok();
+        if models.iter().any(may_be_now) || self.past.contains(found) {
+            return true;
+        }
+        let Some(Moved { left }) = &self.moved else {
+            return false;
+        };
         let mut clusters = found.0.iter().enumerate();
-        let mut each_was_there = || clusters.all(|(i, c)| self.past.iter().any(|p| p.0[i] == *c));
-        self.past.contains(found) || (self.is_on_another_base && each_was_there())
+        clusters.all(|(i, cluster)| {
+            let is_now = |model: &Model| model.disk.check_cluster_after_cut(i, cluster).is_ok();
+            left.as_ref().is_some_and(|left| left.0[i] == *cluster)
+                || self.past.iter().any(|past| past.0[i] == *cluster)
+                || models.iter().any(is_now)
+        })
     }
 }
 
@@ -287,9 +315,7 @@ pub fn put_newest_back(
     match setting::try_open(sim, expected.image, boot) {
         Ok(image) => {
             let found = setting::read_tracked(setting.plan(), |at, buf| image.read(at, buf))?;
-            let mut models = expected.possible.iter();
-            let may_be = models.any(|m| m.disk.check_after_cut(&found).is_ok());
-            if !may_be && !older.has_shown(&found) {
+            if !older.may_show(&found, &expected.possible) {
                 return Err("an older root shows what was never there".to_owned());
             }
         }
