@@ -72,8 +72,8 @@ pub struct Cli {
     #[arg(long, conflicts_with = "read_only")]
     pub page_cache: bool,
 
-    /// Seconds within which what a guest on page cache has stored is made durable, if the storage is fast enough; 0 for never
-    /// without being asked.
+    /// Seconds within which what a guest on page cache has stored is made durable, if the storage is fast enough. With 0 the
+    /// backend flushes when it is asked to, when a frontend leaves and when it ends.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub flush_interval: u64,
 

@@ -87,18 +87,26 @@ impl Server {
         // Before anybody can store: if it cannot start, there is nothing to flush.
         let flusher = self
             .flush_interval
-            .map(|interval| Flusher::start(Arc::clone(&self.offer), interval))
+            .map(|interval| {
+                Flusher::start(Arc::clone(&self.offer), Arc::clone(&self.quit), interval)
+            })
             .transpose()?;
-        if let Endpoint::Connected(stream) = endpoint {
-            let stream = stream
-                .try_clone()
-                .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
-            self.connect(stream)?;
-        }
-        let served = self.serve(endpoint, signals);
+        let connected = self.connect_first(endpoint);
+        let served = connected.and_then(|()| self.serve(endpoint, signals));
         // However it ends, what was stored is flushed.
         let finished = self.finish(flusher);
         served.and(finished)
+    }
+
+    /// Serves the connection that there is from the beginning.
+    fn connect_first(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+        let Endpoint::Connected(stream) = endpoint else {
+            return Ok(());
+        };
+        let stream = stream
+            .try_clone()
+            .map_err(|e| Failure::new("cannot use the socket of --fd").caused_by(&e))?;
+        self.connect(stream)
     }
 
     fn serve(&self, endpoint: &Endpoint, signals: &Signals) -> Result<(), Failure> {

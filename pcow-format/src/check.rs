@@ -13,7 +13,6 @@ use crate::layer_files::{self, Pair};
 use crate::map::{CLUSTERS_PER_WORD, State};
 use crate::medium::{Access, File};
 use crate::ops::unnamed_layers;
-use crate::repair::flush_has_failed;
 use crate::root::{Kind, Layer};
 use crate::units::{Cluster, ClusterRange};
 
@@ -52,7 +51,7 @@ pub fn check(stored: &Stored) -> Result<Report> {
         }
     }
     check_leftovers(stored, &mut report)?;
-    if flush_has_failed(stored)? {
+    if stored.flush_has_failed()? {
         let what = "a flush has failed: what was written last before it may be missing";
         report.unchecked.push(what.to_owned());
     }

@@ -73,7 +73,7 @@ pub fn settle_unflushed(stored: &Stored, what: Unflushed) -> Result<u64> {
 
 /// Of what a failed flush did not write nobody knows what the medium holds (M14).
 fn refuse_to_trust_after_failed_flush(stored: &Stored, pair: &Pair) -> Result<()> {
-    if flush_has_failed(stored)? || Active::is_distrusted(pair.map.as_ref())? {
+    if stored.flush_has_failed()? || Active::is_distrusted(pair.map.as_ref())? {
         let what = "a flush of this image has failed, so clusters that it did not flush cannot be taken for data";
         return Err(Error::new(ErrorKind::FlushFailed, what));
     }
@@ -215,15 +215,3 @@ pub fn read_all(stored: &Stored, reached: &mut dyn FnMut(u64)) -> Result<Vec<Str
 
 /// Bytes read at a time; a fault is told of a piece this large.
 const STEP_BYTES: usize = 64 << 10;
-
-/// Whether a flush of the image has failed, and nobody has looked at it since (I7).
-pub(crate) fn flush_has_failed(stored: &Stored) -> Result<bool> {
-    match stored.directory().open(FLUSH_FAILED_FILE, Access::Read) {
-        Ok(_) => Ok(true),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(e) => {
-            let what = format!("cannot look at {FLUSH_FAILED_FILE}");
-            Err(Error::new(ErrorKind::Io, what).caused_by(e))
-        }
-    }
-}

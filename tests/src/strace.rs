@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::waiting::wait_until;
 
-/// Longer than a thread takes to begin on a slow machine.
+/// Longer than a thread takes to begin, or a program to end, on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process under observation. It runs on, without, when this is dropped.
@@ -27,6 +28,18 @@ enum Tasks {
     All(u32),
     /// This one.
     One(u32),
+}
+
+impl Tasks {
+    fn named(process: u32, name: &str) -> Self {
+        let mut task = None;
+        // It takes its name itself, after it was started.
+        wait_until(&format!("a thread {name}"), PATIENCE, || {
+            task = task_named(process, name);
+            task.is_some()
+        });
+        Self::One(task.unwrap())
+    }
 }
 
 impl Strace {
@@ -49,19 +62,35 @@ impl Strace {
         Self::inject(process, Tasks::All(process), call, &what)
     }
 
+    /// The same of the thread `name` of `process`.
+    ///
+    /// # Panics
+    /// If strace is not there, or may not observe the process, or that has no thread of this name.
+    pub fn hold_up_thread(process: u32, name: &str, call: &str, time: Duration) -> Self {
+        let what = format!("delay_enter={}", time.as_micros());
+        Self::inject(process, Tasks::named(process, name), call, &what)
+    }
+
     /// Has each system call `call` of the thread `name` of `process` fail with `error`.
     ///
     /// # Panics
     /// If strace is not there, or may not observe the process, or that has no thread of this name.
     pub fn fail_in_thread(process: u32, name: &str, call: &str, error: &str) -> Self {
-        let mut task = None;
-        // It takes its name itself, after it was started.
-        wait_until(&format!("a thread {name}"), PATIENCE, || {
-            task = task_named(process, name);
-            task.is_some()
-        });
         let what = format!("error={error}");
-        Self::inject(process, Tasks::One(task.unwrap()), call, &what)
+        Self::inject(process, Tasks::named(process, name), call, &what)
+    }
+
+    /// A `program` each of whose system calls `call` fails with `error`, from its start. It ends as the program does, or with
+    /// 124 if that does not end by itself.
+    pub fn failing(call: &str, error: &str, program: &Path) -> Command {
+        let mut command = Command::new("timeout");
+        command
+            .args([&PATIENCE.as_secs().to_string(), "strace"])
+            .args(["-f", "-e", &format!("trace={call}"), "-e", "signal=none"])
+            .args(["-e", &format!("inject={call}:error={error}")])
+            .args(["-o", "/dev/null"])
+            .arg(program);
+        command
     }
 
     fn inject(process: u32, tasks: Tasks, call: &str, what: &str) -> Self {

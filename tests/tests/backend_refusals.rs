@@ -301,7 +301,6 @@ fn a_clean_end_makes_everything_durable_and_a_kill_loses_nothing() {
     assert_eq!((word(8), word(MIB)), (7, 9));
 }
 
-/// Of many rounds one has to be in time: a slow machine makes no round shorter.
 /// Starts a backend with `socket` as its descriptor 3.
 fn with_descriptor(image: &Path, socket: OwnedFd) -> std::process::Child {
     // The shell leaves the descriptor open for the program; Rust closes everything that it opened itself.

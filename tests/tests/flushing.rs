@@ -3,16 +3,21 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pcow_format::Stored;
 use pcow_format::check::check;
+use pcow_format::{ErrorKind, Stored};
+use pcow_protocol::control::Client;
 use pcow_protocol::frontend::{Frontend, FrontendOptions};
 use pcow_tests::backend::Backend;
 use pcow_tests::memory::Memory;
+use pcow_tests::program;
 use pcow_tests::scratch::Scratch;
 use pcow_tests::strace::Strace;
 use pcow_tests::waiting::wait_until;
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 const CLUSTER: u64 = 64 << 10;
@@ -30,6 +35,7 @@ fn clusters(image: &Path) -> (u64, u64) {
     (report.data_clusters, report.live_clusters)
 }
 
+/// Of many rounds one has to be in time: a slow machine makes no round shorter.
 #[test]
 fn what_a_guest_wrote_is_durable_within_the_interval() {
     const MOST_ROUNDS: u64 = 50;
@@ -139,4 +145,62 @@ fn a_backend_that_cannot_wait_any_more_flushes_before_it_ends() {
     let log = backend.log().join("\n");
     assert!(log.contains("cannot wait for frontends"), "{log}");
     assert_eq!(clusters(&image), (1, 0));
+}
+
+#[test]
+fn a_backend_whose_first_flush_fails_ends_if_nobody_has_the_image() {
+    let s = Scratch::new();
+    let image = s.image("image", 4 * MIB, CLUSTER);
+    let ended = Strace::failing("fdatasync", "EIO", &program("pcow-backend"))
+        .arg("--socket")
+        .arg(s.path("s"))
+        .arg("--image")
+        .arg(&image)
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&ended.stderr);
+    assert!(log.contains("nobody has the image"), "{log}");
+    assert_eq!(ended.status.code(), Some(1), "{log}");
+    // Nor does the next one begin.
+    let stored = Stored::open(&image, &[]).unwrap();
+    let refused = stored.refuse_after_failed_flush().unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FlushFailed);
+}
+
+#[test]
+fn a_first_touch_is_served_while_a_flush_hangs_and_the_layer_tree_waits_for_it() {
+    let s = Scratch::new();
+    let image = s.image("image", 4 * MIB, CLUSTER);
+    let mut pcow_img = Command::new(program("pcow-img"));
+    let taken = pcow_img.arg("snapshot").arg(&image).status().unwrap();
+    assert!(taken.success());
+    let backend = Backend::start(&image, &["--flush-interval", "1"]);
+    let frontend = connect(backend.socket());
+    let memory = Memory::new(frontend.region());
+    // Not those of others: the new name is written to the medium.
+    let storage =
+        Strace::hold_up_thread(backend.pid(), "flush", "fdatasync", MORE_THAN_ANYBODY_WAITS);
+    memory.store(8, 7);
+    backend.wait_for_log("flushing is slow: what was stored");
+    let mut client = Client::connect(&image, None).unwrap().unwrap();
+    let renaming = std::thread::spawn(move || {
+        let names = json!({ "snapshot": "1", "name": "another" });
+        client.execute("snapshot-rename", names, PATIENCE)
+    });
+    wait_until("the new name", PATIENCE, || {
+        let root = Stored::open(&image, &[]).unwrap().root().clone();
+        root.snapshots[0].name == "another"
+    });
+    // It needs the image for itself as soon as that is there, and must not wait for it where loads and stores do.
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!renaming.is_finished());
+    let (served, is_served) = mpsc::channel();
+    std::thread::spawn(move || {
+        memory.store(CLUSTER, 9);
+        served.send(memory.load(CLUSTER)).unwrap();
+    });
+    let loaded = is_served.recv_timeout(PATIENCE / 2);
+    drop(storage);
+    assert_eq!(loaded, Ok(9));
+    renaming.join().unwrap().unwrap();
 }

@@ -6,11 +6,13 @@
 mod failing;
 mod maybe_clean;
 mod read_only;
+mod turn;
 mod writable;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pcow_format::medium::File;
 use pcow_format::root::Proof;
@@ -153,4 +155,6 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// `FlushFailed`, and then always.
     fn flush(&self) -> Result<()>;
+    /// Waits for the flush that is under way, if one is, but not after `deadline`; returns whether none is.
+    fn waits_for_flush(&self, deadline: Instant) -> bool;
 }

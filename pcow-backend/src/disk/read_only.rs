@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pcow_format::chain::{Chain, Owner};
 use pcow_format::medium::{Domain, File};
@@ -184,5 +185,9 @@ impl Disk for ReadOnlyDisk {
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn waits_for_flush(&self, _: Instant) -> bool {
+        true
     }
 }

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use pcow_format::medium::{Domain, File};
 use pcow_format::ops::{Checksum, Deleted, Prepared};
@@ -16,6 +16,7 @@ use pcow_format::{
 use uuid::Uuid;
 
 use super::maybe_clean::MaybeClean;
+use super::turn::{Taken, Turn};
 use super::{Access, Answer, Continuation, Disk, FileKey, Scratch};
 use crate::service::board::Claim;
 
@@ -38,8 +39,10 @@ const REOPEN: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 1000 }
 /// The image, and what of it never changes while it is served: who reads events must not wait for the rest (F4).
 #[derive(Debug)]
 pub struct WritableDisk {
-    /// Written only to switch to another layer, while nothing is resolved.
+    /// Written only to switch to another layer, while nothing is resolved: see [`WritableDisk::exclusive`].
     image: RwLock<Image>,
+    /// A flush.
+    flushing: Turn,
     uuid: Uuid,
     size: u64,
     cluster: ClusterSize,
@@ -58,6 +61,7 @@ impl WritableDisk {
             domain: image.domain(),
             lock: image.share_lock(),
             image: RwLock::new(image),
+            flushing: Turn::default(),
             maybe_clean: Mutex::default(),
         }
     }
@@ -103,7 +107,7 @@ impl WritableDisk {
     /// # Errors
     /// As there.
     pub fn take_snapshot(&self, prepared: Prepared) -> Result<Proof> {
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let (_no_flush, mut image) = self.exclusive();
         let active = image.root().active;
         let taken = image.take_snapshot(prepared, Checksum::Later);
         while let Err(e) = image.reopen() {
@@ -125,7 +129,7 @@ impl WritableDisk {
         let written = self.image().write_checksums()?;
         if let Some(root) = written {
             // Only now, and for a moment: the sync of a root must not keep a fault waiting.
-            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            let (_no_flush, mut image) = self.exclusive();
             image.adopt_root(root);
         }
         Ok(())
@@ -145,7 +149,7 @@ impl WritableDisk {
         let old = {
             // Only now, and for a moment. The new chain shows what the old one did, so that nothing that was resolved in
             // between is wrong.
-            let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+            let (_no_flush, mut image) = self.exclusive();
             image.adopt_deletion(deletion)
         };
         self.image().finish_deletion(old)
@@ -157,7 +161,7 @@ impl WritableDisk {
     /// As there.
     pub fn rename_snapshot(&self, target: &str, name: &str) -> Result<()> {
         let root = self.image().write_renamed(target, name)?;
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let (_no_flush, mut image) = self.exclusive();
         image.adopt_root(root);
         Ok(())
     }
@@ -165,6 +169,15 @@ impl WritableDisk {
     fn image(&self) -> RwLockReadGuard<'_, Image> {
         // A panic in a resolver leaves the image whole: each change of a cluster is one word.
         self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The image, for a moment in which nothing is resolved. A flush that is under way ends before: who waits for the lock keeps
+    /// all faults waiting that come later, and a flush, which has the lock, takes as long as the storage does. Nothing else
+    /// that has it takes long, but what changes the layer tree, which one does at a time.
+    fn exclusive(&self) -> (Taken<'_>, RwLockWriteGuard<'_, Image>) {
+        let no_flush = self.flushing.take();
+        let image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        (no_flush, image)
     }
 
     fn cluster_size(&self) -> ClusterSize {
@@ -386,6 +399,11 @@ impl Disk for WritableDisk {
     }
 
     fn flush(&self) -> Result<()> {
+        let _turn = self.flushing.take();
         self.image().flush()
+    }
+
+    fn waits_for_flush(&self, deadline: Instant) -> bool {
+        self.flushing.wait_until(deadline)
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::connection::Offer;
 use crate::failure::Failure;
+use crate::server::Quit;
 use schedule::Schedule;
 
 /// Least time between two flushes. Whoever else wants to flush, as a guest with virtio-pmem does, waits for the one under way:
@@ -36,6 +37,7 @@ struct Thread(Option<JoinHandle<()>>);
 #[derive(Debug)]
 struct Shared {
     offer: Arc<Offer>,
+    quit: Arc<Quit>,
     interval: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -61,15 +63,20 @@ enum News {
 }
 
 impl Flusher {
-    /// Flushes what `offer` serves.
+    /// Flushes what `offer` serves. Asks for the end if the first flush fails while nobody has the image.
     ///
     /// # Errors
     /// If there is no thread left.
-    pub(super) fn start(offer: Arc<Offer>, interval: Duration) -> Result<Self, Failure> {
+    pub(super) fn start(
+        offer: Arc<Offer>,
+        quit: Arc<Quit>,
+        interval: Duration,
+    ) -> Result<Self, Failure> {
         // Before anybody is served, or it might have come back already.
         let is_kept = offer.disk.lock().is_none();
         let shared = Arc::new(Shared {
             offer,
+            quit,
             interval,
             state: Mutex::new(State {
                 schedule: Schedule::new(interval, Instant::now()),
@@ -138,17 +145,26 @@ impl Shared {
             let _ = self.offer.disk.lock();
             let looked = Instant::now();
             is_used |= self.offer.place.was_taken();
-            if !(std::mem::take(&mut is_first) || is_used) {
-                self.change(|state| state.schedule.skip(looked));
+            if !(is_first || is_used) {
+                self.change(|state| {
+                    if state.schedule.skip(looked) {
+                        state.news.push(News::InTimeAgain);
+                    }
+                });
                 patience = schedule::pause_after(Duration::ZERO, self.interval);
                 continue;
             }
             // A failure is told there, and every later flush fails, too.
             let Ok(pause) = self.flush() else {
+                if is_first && !is_used && !self.offer.place.was_taken() {
+                    // As if it had not been opened, since it cannot be any more: nobody is to find out by losing something.
+                    log::error!("nobody has the image, and nothing would be durable: ending");
+                    self.quit.ask();
+                }
                 return;
             };
             log::debug!("flushed by itself");
-            patience = pause;
+            (patience, is_first) = (pause, false);
         }
     }
 

@@ -86,6 +86,13 @@ pub(super) fn give_back_mapped(shared: &Shared, deadline: Instant) -> Result<u64
     let mut ended = Ok(());
     // A frontend that does not count its device I/O may have some in pages that are about to go.
     while shared.may_bounce && Instant::now() < deadline {
+        // What is given back waits for it, and by then the guest would wait for that.
+        if !shared
+            .disk
+            .waits_for_flush(deadline.min(Instant::now() + PATIENCE))
+        {
+            break;
+        }
         let Some(bytes) = shared.disk.take_maybe_clean() else {
             break;
         };

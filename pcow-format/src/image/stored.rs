@@ -141,16 +141,24 @@ impl Stored {
         Ok(Chain::new(layers, clip, finest))
     }
 
-    /// I7: after a failed sync the kernel takes the pages for written, so the next one would succeed without them.
-    pub(super) fn refuse_after_failed_flush(&self) -> Result<()> {
+    /// Fails if a flush of the image has failed, and nobody has repaired it since (I7): after a failed sync the kernel takes the
+    /// pages for written, so the next one would succeed without them.
+    ///
+    /// # Errors
+    /// `FlushFailed`; `Io` if that cannot be found out.
+    pub fn refuse_after_failed_flush(&self) -> Result<()> {
+        if !self.flush_has_failed()? {
+            return Ok(());
+        }
+        let what = "a flush of this image has failed: some of what was written last may not be on the medium";
+        Err(Error::new(ErrorKind::FlushFailed, what))
+    }
+
+    pub(crate) fn flush_has_failed(&self) -> Result<bool> {
         match self.dir.open(FLUSH_FAILED_FILE, Access::Read) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            // Whether one has failed is not known then.
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(e).context(|| format!("cannot look for {FLUSH_FAILED_FILE}")),
-            Ok(_) => {
-                let what = "a flush of this image has failed: some of what was written last may not be on the medium";
-                Err(Error::new(ErrorKind::FlushFailed, what))
-            }
         }
     }
 

@@ -81,7 +81,7 @@ struct ImageInfo {
     in_use_by: Option<String>,
     /// What the backend that serves the image says of itself; null if none does.
     backend: Option<BackendInfo>,
-    /// What keeps the disk from being read now.
+    /// What keeps the disk from being read or written now.
     problems: Vec<String>,
     #[serde(skip)]
     picture: Vec<String>,
@@ -317,8 +317,9 @@ fn total(layers: &[LayerInfo]) -> Usage {
 
 /// What opening the disk would meet.
 fn problems(stored: &Stored) -> Vec<String> {
-    let error = stored.chain(stored.root().active).err();
-    error.iter().map(with_advice).collect()
+    let below = stored.chain(stored.root().active).err();
+    let flush = stored.refuse_after_failed_flush().err();
+    below.iter().chain(&flush).map(with_advice).collect()
 }
 
 fn with_advice(error: &pcow_format::Error) -> String {

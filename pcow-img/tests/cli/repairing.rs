@@ -124,7 +124,11 @@ fn a_repair_forgets_states_past_the_end_and_a_failed_flush() {
     File::create(s.path("vm/flush-failed")).unwrap();
     assert_eq!(check(&s, &[], 2)["check-errors"], 1);
     s.refused(&["snapshot", "vm"], 1, &["flush"]);
+    let problems = || s.json(&["info", "vm"])["problems"].clone();
+    let problem = problems()[0].to_string();
+    assert!(problem.contains("a flush of this image has failed"));
     let found = check(&s, &["--repair"], 0);
+    assert_eq!(problems(), Value::from(Vec::<Value>::new()));
     assert_eq!(found["repaired"].as_array().unwrap().len(), 2, "{found}");
     assert_eq!((s.load("vm", 0), s.load("vm", MIB)), (1, 2));
 }

@@ -41,9 +41,10 @@ impl Schedule {
         }
     }
 
-    /// Nothing was stored before `now`.
-    pub(super) fn skip(&mut self, now: Instant) {
-        *self = Self::new(self.interval, now);
+    /// Nothing was stored before `now`. Returns whether it has to be said that flushes are in time again.
+    pub(super) fn skip(&mut self, now: Instant) -> bool {
+        self.began = now;
+        std::mem::take(&mut self.is_late)
     }
 
     /// A flush begins.
@@ -162,6 +163,18 @@ mod tests {
         let again: Vec<bool> = again.collect();
         assert_eq!(again, [false, false, false, false, false, true, false]);
         assert!(flushes[1..4].iter().all(|f| f.done.pause == REST));
+    }
+
+    #[test]
+    fn nothing_is_late_where_nobody_stores() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(INTERVAL, start);
+        schedule.begin(start);
+        let late = start + INTERVAL * 2;
+        assert_eq!(schedule.becomes_late(late), Some(INTERVAL * 2));
+        assert!(!schedule.done(late).is_in_time_again);
+        assert!(schedule.skip(late + REST));
+        assert!(!schedule.skip(late + REST * 2));
     }
 
     #[test]
