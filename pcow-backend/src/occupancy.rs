@@ -17,6 +17,8 @@ enum State {
     Attached,
     /// The frontend is gone, and what it wrote is being made durable.
     Leaving,
+    /// Nobody is to come any more.
+    Closed,
 }
 
 /// The one place for a frontend.
@@ -73,6 +75,17 @@ impl Occupancy {
         free
     }
 
+    /// Refuses all frontends from now on, if none was ever attached.
+    pub fn close(&self) -> bool {
+        let mut state = self.lock();
+        // What is stored there is so under the lock.
+        let unused = *state == State::Free && !self.was_taken();
+        if unused {
+            *state = State::Closed;
+        }
+        unused
+    }
+
     /// The frontend is gone.
     pub fn leave(&self) {
         *self.lock() = State::Leaving;
@@ -117,6 +130,17 @@ mod tests {
             assert!(next.join().unwrap());
         });
         assert!(place.is_attached());
+    }
+
+    #[test]
+    fn a_place_is_closed_before_it_was_taken_or_not_at_all() {
+        let place = Occupancy::default();
+        assert!(place.close() && !place.take() && !place.reserve());
+        let place = Occupancy::default();
+        assert!(place.take() && !place.close());
+        place.leave();
+        place.free();
+        assert!(!place.close() && place.take());
     }
 
     #[test]

@@ -177,11 +177,22 @@ fn a_first_touch_is_served_while_a_flush_hangs_and_the_layer_tree_waits_for_it()
     let backend = Backend::start(&image, &["--flush-interval", "1"]);
     let frontend = connect(backend.socket());
     let memory = Memory::new(frontend.region());
+    memory.store(0, 7);
+    let lines = |text| {
+        let log = backend.log();
+        log.iter().filter(|l| l.contains(text)).count()
+    };
+    // The storage may have been slow by itself.
+    wait_until("flushes in time", PATIENCE, || {
+        clusters(&image) == (1, 0) && lines("is slow") == lines("in time again")
+    });
     // Not those of others: the new name is written to the medium.
     let storage =
         Strace::hold_up_thread(backend.pid(), "flush", "fdatasync", MORE_THAN_ANYBODY_WAITS);
-    memory.store(8, 7);
-    backend.wait_for_log("flushing is slow: what was stored");
+    let before = lines("is slow");
+    memory.store(CLUSTER, 8);
+    wait_until("a flush that hangs", PATIENCE, || lines("is slow") > before);
+    assert_eq!(clusters(&image), (2, 1), "it has ended");
     let mut client = Client::connect(&image, None).unwrap().unwrap();
     let renaming = std::thread::spawn(move || {
         let names = json!({ "snapshot": "1", "name": "another" });
@@ -196,8 +207,8 @@ fn a_first_touch_is_served_while_a_flush_hangs_and_the_layer_tree_waits_for_it()
     assert!(!renaming.is_finished());
     let (served, is_served) = mpsc::channel();
     std::thread::spawn(move || {
-        memory.store(CLUSTER, 9);
-        served.send(memory.load(CLUSTER)).unwrap();
+        memory.store(2 * CLUSTER, 9);
+        served.send(memory.load(2 * CLUSTER)).unwrap();
     });
     let loaded = is_served.recv_timeout(PATIENCE / 2);
     drop(storage);

@@ -77,7 +77,8 @@ const REQUESTS: &[Request] = &[
     request("storage given back", prepared, |s| s.disk.give_back()),
     request("clean clusters given back", touched, |s| {
         let start = u64::from(CLEAN) * CLUSTER;
-        s.disk.give_back_clean(start..start + CLUSTER).map(drop)
+        let clean = start..start + CLUSTER;
+        s.disk.give_back_clean(clean, Instant::now()).map(drop)
     }),
     request("a flush", touched, |s| s.disk.flush()),
     request("a snapshot", touched, snapshot),

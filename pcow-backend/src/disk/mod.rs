@@ -145,11 +145,12 @@ pub trait Disk: std::fmt::Debug + Send + Sync {
     /// Forgets what was noted so: it stays data.
     fn forget_maybe_clean(&self);
     /// Makes those clusters of `bytes` absent again that hold what they cover, and gives their storage back; returns how
-    /// many bytes that were. The caller has claimed `bytes`, and nobody has them mapped.
+    /// many bytes that were, or `None` if a flush is still under way at `deadline`. The caller has claimed `bytes`, and nobody
+    /// has them mapped.
     ///
     /// # Errors
     /// `Io`; clusters that were not reached are still data.
-    fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64>;
+    fn give_back_clean(&self, bytes: Range<u64>, deadline: Instant) -> Result<Option<u64>>;
     /// Makes everything stored so far durable.
     ///
     /// # Errors

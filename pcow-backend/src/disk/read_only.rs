@@ -179,8 +179,8 @@ impl Disk for ReadOnlyDisk {
 
     fn forget_maybe_clean(&self) {}
 
-    fn give_back_clean(&self, _: Range<u64>) -> Result<u64> {
-        Ok(0)
+    fn give_back_clean(&self, _: Range<u64>, _: Instant) -> Result<Option<u64>> {
+        Ok(Some(0))
     }
 
     fn flush(&self) -> Result<()> {

@@ -86,6 +86,8 @@ impl WritableDisk {
     /// # Errors
     /// As there.
     pub fn prepare_snapshot(&self, name: Option<&str>) -> Result<Prepared> {
+        // It flushes.
+        let _turn = self.flushing.take();
         let image = self.image();
         let prepared = image.prepare_snapshot(name)?;
         if prepared.domain() != self.domain {
@@ -172,10 +174,11 @@ impl WritableDisk {
     }
 
     /// The image, for a moment in which nothing is resolved. A flush that is under way ends before: who waits for the lock keeps
-    /// all faults waiting that come later, and a flush, which has the lock, takes as long as the storage does. Nothing else
-    /// that has it takes long, but what changes the layer tree, which one does at a time.
+    /// all faults waiting that come later, and a flush, which has the lock, takes as long as the storage does. What else has it
+    /// for long is a change of the layer tree, and there is one at a time, or itself a fault: a load from a base that is slow,
+    /// or a store over zeros, which syncs.
     fn exclusive(&self) -> (Taken<'_>, RwLockWriteGuard<'_, Image>) {
-        let no_flush = self.flushing.take();
+        let no_flush = self.flushing.take_briefly();
         let image = self.image.write().unwrap_or_else(PoisonError::into_inner);
         (no_flush, image)
     }
@@ -392,10 +395,14 @@ impl Disk for WritableDisk {
         *self.maybe_clean() = MaybeClean::default();
     }
 
-    fn give_back_clean(&self, bytes: Range<u64>) -> Result<u64> {
+    fn give_back_clean(&self, bytes: Range<u64>, deadline: Instant) -> Result<Option<u64>> {
+        // It syncs words, which waits for a flush otherwise, and holds up nobody who needs the image for itself.
+        let Some(_no_flush) = self.flushing.take_briefly_by(deadline) else {
+            return Ok(None);
+        };
         let run = self.cluster_size().covering(&bytes);
         let clusters = self.image().give_back_clean(run)?;
-        Ok(clusters << self.cluster_size().bits())
+        Ok(Some(clusters << self.cluster_size().bits()))
     }
 
     fn flush(&self) -> Result<()> {
@@ -404,6 +411,6 @@ impl Disk for WritableDisk {
     }
 
     fn waits_for_flush(&self, deadline: Instant) -> bool {
-        self.flushing.wait_until(deadline)
+        self.flushing.take_briefly_by(deadline).is_some()
     }
 }

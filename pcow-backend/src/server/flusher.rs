@@ -156,7 +156,7 @@ impl Shared {
             }
             // A failure is told there, and every later flush fails, too.
             let Ok(pause) = self.flush() else {
-                if is_first && !is_used && !self.offer.place.was_taken() {
+                if is_first && !is_used && self.offer.place.close() {
                     // As if it had not been opened, since it cannot be any more: nobody is to find out by losing something.
                     log::error!("nobody has the image, and nothing would be durable: ending");
                     self.quit.ask();

@@ -15,7 +15,7 @@ use pcow_protocol::Result;
 use super::channel::Unmapped;
 use super::{Counters, Shared};
 
-/// How long a frontend may take to confirm.
+/// How long a frontend may take to confirm, and a flush to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
@@ -85,8 +85,8 @@ pub(super) fn give_back_mapped(shared: &Shared, deadline: Instant) -> Result<u64
     let mut kept = Vec::new();
     let mut ended = Ok(());
     // A frontend that does not count its device I/O may have some in pages that are about to go.
-    while shared.may_bounce && Instant::now() < deadline {
-        // What is given back waits for it, and by then the guest would wait for that.
+    while shared.may_bounce && shared.disk.maybe_clean_bytes() > 0 && Instant::now() < deadline {
+        // Before anything is unmapped: from then on the guest waits, too, if one begins just then.
         if !shared
             .disk
             .waits_for_flush(deadline.min(Instant::now() + PATIENCE))
@@ -121,25 +121,29 @@ fn give_back_piece(shared: &Shared, bytes: &Range<u64>) -> Result<Option<u64>> {
     shared.make_room_for_a_run()?;
     let unmapped = shared.channel.unmap_and_wait(bytes, PATIENCE)?;
     Counters::add(&shared.counters.unmaps);
-    Ok((unmapped == Unmapped::Quiet).then(|| give_back(shared, bytes.clone())))
+    let is_quiet = unmapped == Unmapped::Quiet;
+    Ok(is_quiet.then(|| give_back(shared, bytes.clone())).flatten())
 }
 
 /// Gives back after a frontend whose process is gone, and with it all that it had mapped; returns how many bytes.
 pub(super) fn give_back_unmapped(shared: &Shared) -> u64 {
     std::iter::from_fn(|| shared.disk.take_maybe_clean())
-        .map(|bytes| give_back(shared, bytes))
+        .map_while(|bytes| give_back(shared, bytes))
         .sum()
 }
 
-fn give_back(shared: &Shared, bytes: Range<u64>) -> u64 {
-    let given_back = shared.disk.give_back_clean(bytes).unwrap_or_else(|e| {
+/// `None` if a flush takes too long, which may have begun at any time.
+fn give_back(shared: &Shared, bytes: Range<u64>) -> Option<u64> {
+    let deadline = Instant::now() + PATIENCE;
+    let given_back = shared.disk.give_back_clean(bytes, deadline);
+    let given_back = given_back.unwrap_or_else(|e| {
         log::warn!("cannot give back what was only read: {e}");
-        0
-    });
+        Some(0)
+    })?;
     // Only ever read for display.
     shared
         .counters
         .given_back
         .fetch_add(given_back, Ordering::Relaxed);
-    given_back
+    Some(given_back)
 }
